@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`python -m qfsbackup`."""
+
+import sys
+
+from qfsbackup.cli import main
+
+sys.exit(main())

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`qfsbackup checkpoints`: what each target has committed of a VM, and how much has changed since."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from qfsbackup.commands.status import human
+from qfsbackup.model import Committed
+from qfsbackup.options import parse_options
+
+
+def list_checkpoints(source: str, option_texts: list[str]) -> str:
+    """A line for each target and disk; of the options only `state=` and `vm=` matter. Raises UserError."""
+    from qfsbackup.upkeep import committed  # needs all the heavy modules
+
+    found = committed(source, parse_options(option_texts))
+    return "\n".join(_line(one) for one in found) or "no target has committed a backup of this VM"
+
+
+def delete_checkpoint(source: str, option_texts: list[str], target: str) -> list[str]:
+    """Forget a target: its next backup is a full one. What was removed, a line each. Raises UserError."""
+    from qfsbackup.upkeep import forget  # needs all the heavy modules
+
+    return forget(source, parse_options(option_texts), target)
+
+
+def _line(one: Committed) -> str:
+    when = datetime.fromtimestamp(one.instant / 10**9, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    dirty = f"{human(one.dirty)} dirty now" if one.dirty is not None else f"next backup is full: {one.reason}"
+    return f"{one.target}  {one.disk}  {one.generation}  {when}  {human(one.size)}, {dirty}"

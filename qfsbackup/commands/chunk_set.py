@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A disk's chunks as a backup tool restored them: are they all there, and do they belong together.
+
+What the names and sizes tell is always checked. A vm.json two folders up, where the mount has it too, says what the
+disk must be; without it a set that ends too early, at a whole chunk, cannot be told from a smaller disk.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qfsbackup.errors import EXIT_SYSTEM, UserError
+from qfsbackup.fs.chunks import A_FOLDER
+from qfsbackup.fs.grid import count, is_chunk_size
+from qfsbackup.fs.names import file_name
+
+HINT = "Restore that folder again, as a whole, from one snapshot of the backup."
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSet:
+    """The complete chunks of one disk, in the order of the disk; sizes in bytes."""
+
+    folder: Path
+    chunks: int
+    chunk: int  # size of each but the last
+    size: int  # of the disk
+    described: bool  # does a vm.json say that this is all
+
+    def paths(self) -> Iterator[Path]:
+        """Each chunk's file."""
+        return (self.folder / chunk_path(number) for number in range(self.chunks))
+
+
+def chunk_path(number: int) -> str:
+    """Where chunk `number` is below the disk's folder."""
+    return f"{number // A_FOLDER:03}/{number:08}"
+
+
+def find_chunks(folder: Path) -> ChunkSet:
+    """The set below `folder`, which is chunks/<disk>. Raises UserError where it is not complete or not one set."""
+    folder = folder.absolute()
+    found = _files(folder)
+    expected = [chunk_path(number) for number in range(len(found))]
+    _check_names(folder, set(found), expected)
+    sizes = [found[path] for path in expected]
+    _check_sizes(folder, expected, sizes)
+    disk = _described(folder)
+    result = ChunkSet(folder, len(sizes), sizes[0] if sizes else 0, sum(sizes), disk is not None)
+    if disk is not None:
+        _check_description(result, disk)
+    elif not sizes:
+        raise _refused(f"{folder} has no chunks in it")
+    return result
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """The size of every file, by its path below `folder`."""
+    found = {}
+    try:
+        for part in folder.iterdir():
+            if not part.is_dir() or part.is_symlink():
+                raise _refused(f"{part} is not a folder of chunks")
+            for path in part.iterdir():
+                status = path.lstat()
+                if stat.S_ISDIR(status.st_mode):
+                    raise _several(folder)
+                if not stat.S_ISREG(status.st_mode):
+                    raise _refused(f"{path} is not a file")
+                found[f"{part.name}/{path.name}"] = status.st_size
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}", HINT, EXIT_SYSTEM) from None
+    return found
+
+
+def _several(folder: Path) -> UserError:
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return UserError(
+        f"{folder} holds the disks {', '.join(names)}", f"Name one of them: {folder / names[0]}", EXIT_SYSTEM
+    )
+
+
+def _check_names(folder: Path, found: set[str], expected: list[str]) -> None:
+    missing = next((path for path in expected if path not in found), None)
+    if missing is None:
+        return
+    strange = min(found - set(expected))
+    if any(path > missing for path in found if _is_chunk(path)):
+        raise _refused(f"{folder} is not complete: {missing} is missing")
+    raise _refused(f"{folder / strange} is not a chunk")
+
+
+def _is_chunk(path: str) -> bool:
+    name = path.rpartition("/")[2]
+    return name.isascii() and name.isdecimal() and chunk_path(int(name)) == path
+
+
+def _check_sizes(folder: Path, paths: list[str], sizes: list[int]) -> None:
+    for path, size in zip(paths[:-1], sizes[:-1], strict=True):
+        if size != sizes[0] or not is_chunk_size(size):
+            raise _refused(f"{folder / path} has {size} bytes, which no chunk of this disk can have")
+    if sizes and not 0 < sizes[-1] <= (sizes[0] if len(sizes) > 1 else sizes[-1]):
+        raise _refused(f"{folder / paths[-1]} has {sizes[-1]} bytes, the chunks before it {sizes[0]}")
+
+
+def _described(folder: Path) -> dict[str, Any] | None:
+    """What vm.json says of the disk; None where there is none."""
+    path = folder.parent.parent / "vm.json"
+    try:
+        description = json.loads(path.read_bytes())
+        disks = {file_name(disk["name"]): disk for disk in description["disks"]}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} cannot be read: {error}", "Restore it again, or move it away to do without.", EXIT_SYSTEM
+        ) from None
+    if folder.name not in disks:
+        raise _refused(f"{path} knows no disk {folder.name}, so the two are not of one snapshot")
+    disk: dict[str, Any] = disks[folder.name]
+    return disk
+
+
+def _check_description(chunks: ChunkSet, disk: dict[str, Any]) -> None:
+    try:
+        size, chunk = int(disk["size"]), int(disk["chunk_size"])
+        expected = count(size, chunk)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError):
+        raise _refused("vm.json does not say how the disk is cut") from None
+    if (chunks.size, chunks.chunks) != (size, expected) or (expected > 1 and chunks.chunk != chunk):
+        raise _refused(
+            f"{chunks.folder} holds {chunks.chunks} chunks, {chunks.size} bytes; "
+            f"by vm.json they are {expected} of {chunk} bytes, {size} bytes in all"
+        )
+
+
+def _refused(what: str) -> UserError:
+    return UserError(what, HINT, EXIT_SYSTEM)

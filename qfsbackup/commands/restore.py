@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`qfsbackup restore`: chunks, as any backup tool restored them, become a raw or qcow2 image, sparse.
+
+The image appears under its name only when it is whole. A block device is written in place, zeros too, for nobody knows
+what it held before.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, Literal, Protocol
+
+from qfsbackup.commands.chunk_set import HINT, ChunkSet, find_chunks
+from qfsbackup.commands.progress import bytes_done
+from qfsbackup.commands.status import human
+from qfsbackup.errors import EXIT_SYSTEM, EXIT_USAGE, UserError
+from qfsbackup.model import CLUSTER
+from qfsbackup.nbd.image import qcow2_image
+
+log = logging.getLogger(__name__)
+
+Format = Literal["raw", "qcow2"]
+PIECE = 1 << 20  # bytes read at once
+BLOCK = CLUSTER  # bytes; what is zero is left out by these
+ZEROS = bytes(BLOCK)
+
+
+def restore(folder: Path, output: Path, format_: Format | None = None, *, force: bool = False) -> None:
+    """Write the disk whose chunks are below `folder` to `output`.
+
+    Without `format_` the name's suffix says it; what is not .qcow2 is raw. `force`: overwrite. Raises UserError.
+    """
+    chunks = find_chunks(folder)
+    form = format_ or ("qcow2" if output.suffix == ".qcow2" else "raw")
+    device = _check_output(output, force)
+    if device and form != "raw":
+        raise UserError("a block device takes a raw image", "Leave --format out, or name a file.", EXIT_USAGE)
+    if not chunks.described:
+        log.warning("no vm.json two folders above %s: whether chunks are missing at the end cannot be known", folder)
+    try:
+        with _image(output, form, chunks.size, device=device, force=force) as image:
+            _copy(chunks, image, zeros=device)
+    except OSError as error:
+        hint = "Is there space left? An image has its name only once it is whole."
+        raise UserError(f"cannot write {output}: {error.strerror}", hint, EXIT_SYSTEM) from None
+    log.info("restored %s to %s", human(chunks.size), output)
+
+
+def _check_output(output: Path, force: bool) -> bool:
+    """Is it a block device? Raises UserError where it may not be written to."""
+    try:
+        mode = output.stat().st_mode
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}", "Name another place.", EXIT_SYSTEM) from None
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise UserError(f"{output} is neither a file nor a block device", "Name another place.", EXIT_SYSTEM)
+    if not force:
+        raise UserError(f"{output} is there already", "Name another place, or overwrite it: --force", EXIT_SYSTEM)
+    return stat.S_ISBLK(mode)
+
+
+class Image(Protocol):
+    """What is written to."""
+
+    def write(self, offset: int, content: bytes) -> None:
+        """Raises OSError."""
+        ...
+
+
+@contextmanager
+def _image(output: Path, form: Format, size: int, *, device: bool, force: bool) -> Iterator[Image]:
+    """The image at `output`, on the disk when the block ends. Raises UserError, OSError."""
+    if device:
+        with _device(output, size) as image:
+            yield image
+        return
+    with _new_name(output, force) as path, (qcow2_image if form == "qcow2" else _raw_image)(path, size) as image:
+        yield image
+
+
+@contextmanager
+def _new_name(output: Path, force: bool) -> Iterator[Path]:
+    """A file that gets its name when the block ends well, and is gone where it does not."""
+    output = output.resolve()
+    descriptor, name = tempfile.mkstemp(prefix=f".{output.name[:100]}.", suffix=".partial", dir=output.parent)
+    os.close(descriptor)
+    try:
+        yield Path(name)
+        if not force:
+            _check_output(output, force)  # it may have come meanwhile
+        Path(name).replace(output)
+    except BaseException:
+        Path(name).unlink()
+        raise
+    folder = os.open(output.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def _raw_image(path: Path, size: int) -> Iterator[RawImage]:
+    with path.open("wb", buffering=PIECE) as file:
+        file.truncate(size)
+        yield RawImage(file)
+        _sync(file)
+
+
+@contextmanager
+def _device(path: Path, size: int) -> Iterator[RawImage]:
+    """The block device, which must hold `size` bytes and be in use by nobody (O_EXCL, open(2))."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "wb", buffering=PIECE) as file:
+        room = file.seek(0, os.SEEK_END)
+        if room < size:
+            raise UserError(f"{path} has {room} bytes, the disk {size}", "Take a larger device.", EXIT_SYSTEM)
+        yield RawImage(file)
+        _sync(file)
+
+
+class RawImage:
+    """A raw image."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def write(self, offset: int, content: bytes) -> None:
+        self._file.seek(offset)
+        self._file.write(content)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _copy(chunks: ChunkSet, image: Image, *, zeros: bool) -> None:
+    """`zeros`: write them too."""
+    with bytes_done("restored", chunks.size) as show:
+        for number, path in enumerate(chunks.paths()):
+            start = number * chunks.chunk
+            for offset, block in _blocks(path, min(chunks.chunk, chunks.size - start), zeros=zeros):
+                image.write(start + offset, block)
+            show(min(start + chunks.chunk, chunks.size))
+
+
+def _blocks(path: Path, size: int, *, zeros: bool) -> Iterator[tuple[int, bytes]]:
+    """Offset and content of each block of a chunk; without `zeros`, only of those which are not all zero."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            position = 0 if zeros else _next_data(file.fileno(), 0, size)
+            while position < size:
+                content = os.pread(file.fileno(), PIECE, position)
+                if len(content) < min(PIECE, size - position):
+                    raise UserError(f"{path} became shorter meanwhile", HINT, EXIT_SYSTEM)
+                for offset in range(0, len(content), BLOCK):
+                    block = content[offset : offset + BLOCK]
+                    if zeros or block != ZEROS[: len(block)]:
+                        yield position + offset, block
+                position += len(content)
+                if not zeros:
+                    position = _next_data(file.fileno(), position, size)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}", HINT, EXIT_SYSTEM) from None
+
+
+def _next_data(descriptor: int, position: int, size: int) -> int:
+    """The start of the block in which the next data is; `size` where there is none."""
+    try:
+        return max(os.lseek(descriptor, position, os.SEEK_DATA) // BLOCK * BLOCK, position)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return size

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`qfsbackup status`: the mounts of ours, how far they were read and how full their fleecing files are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qfsbackup.mounts import Mount, find_mount, our_mounts
+
+
+def collect(directory: Path | None) -> list[dict[str, Any]]:
+    """The status of the mount at `directory`, or of all. A dead mount's has `state` `dead` and what is known."""
+    mounts = our_mounts() if directory is None else [find_mount(directory)]
+    return [_status(mount) for mount in mounts]
+
+
+def _status(mount: Mount) -> dict[str, Any]:
+    try:
+        return mount.status()
+    except OSError as error:
+        return {
+            "format": 1,
+            "source": mount.source,
+            "mountpoint": str(mount.mountpoint),
+            "state": "dead",
+            "broken": error.strerror,
+        }
+
+
+def as_json(statuses: list[dict[str, Any]]) -> str:
+    """An array, one object a mount."""
+    return json.dumps(statuses, indent=2)
+
+
+def as_text(statuses: list[dict[str, Any]]) -> str:
+    """A few lines a mount, for a person."""
+    return "\n\n".join(_mount_text(status) for status in statuses) or "no snapshot is mounted"
+
+
+def _mount_text(status: dict[str, Any]) -> str:
+    lines = [f"{status['mountpoint']}  {status['source']}  {status['state']}"]
+    if status["broken"]:
+        lines.append(f"  broken: {status['broken']}")
+    if status["state"] == "dead":
+        lines.append(f"  put its VM back as it was: qfsbackup cleanup {status['source']}")
+        return "\n".join(lines)
+    fleecing = status["fleecing"]
+    limit = f", limit {human(fleecing['limit'])}" if fleecing["limit"] else ""
+    lines.append(f"  instant {status['instant']}, paused {status['pause_ms']:.1f} ms, frozen: {_yes(status['frozen'])}")
+    lines.append(f"  fleecing {human(fleecing['used'])} used, {human(fleecing['free'])} free{limit}")
+    lines += [_disk_text(name, disk) for name, disk in status["disks"].items()]
+    return "\n".join(lines)
+
+
+def _disk_text(name: str, disk: dict[str, Any]) -> str:
+    return (
+        f"  {name}: {human(disk['size'])}, data {human(disk['data'])}, dirty {human(disk['dirty'])}"
+        f" ({disk['bitmap']}); read {human(disk['read_bytes'])}, over NBD {human(disk['nbd_bytes'])},"
+        f" punched {human(disk['punched'])}, errors {disk['read_errors']}"
+    )
+
+
+def human(size: int) -> str:
+    """`size` bytes with a binary unit and three digits."""
+    value, unit = float(size), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1000 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.3g} {unit}"
+
+
+def _yes(value: object) -> str:
+    return "yes" if value else "no"

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""`qfsbackup umount`: unmount and return when the VM is restored and the mount's processes are gone."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qfsbackup.errors import EXIT_SYSTEM, UserError
+from qfsbackup.mounts import MNT_DETACH, Mount, find_mount, umount
+
+DEADLINE = 60.0  # seconds; tearing down waits for QEMU, which may be busy
+
+
+class BusyError(UserError):
+    """A program still has a file open, or its working directory, in the mount."""
+
+    def __init__(self, mountpoint: Path) -> None:
+        super().__init__(
+            f"{mountpoint} is busy: a program still uses it",
+            f"End it (fuser -vm {mountpoint} names it), then unmount again.",
+        )
+
+
+def umount_and_wait(directory: Path) -> dict[str, Any]:
+    """The mount's last status, from just before. Raises UserError."""
+    mount = find_mount(directory)
+    status = _last_status(mount)
+    with _process(status["ppid"]) as supervisor:
+        _umount(mount)
+        _wait(supervisor, status["ppid"])
+    return status
+
+
+def end_and_wait(directory: Path) -> None:
+    """The same for a mount that somebody still uses: their files turn into errors. Raises UserError."""
+    status = _last_status(find_mount(directory))
+    with _process(status["ppid"]) as supervisor:
+        if supervisor is not None:
+            signal.pidfd_send_signal(supervisor, signal.SIGTERM)
+        _wait(supervisor, status["ppid"])
+
+
+def _last_status(mount: Mount) -> dict[str, Any]:
+    try:
+        return mount.status()
+    except OSError:
+        umount(mount.mountpoint, MNT_DETACH)
+        raise UserError(
+            f"the mount at {mount.mountpoint} was dead; it is detached now",
+            f"Put its VM back as it was: qfsbackup cleanup {mount.source}",
+            EXIT_SYSTEM,
+        ) from None
+
+
+@contextmanager
+def _process(pid: int) -> Iterator[int | None]:
+    """A pidfd of the process, or None where it is gone already."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _umount(mount: Mount) -> None:
+    try:
+        umount(mount.mountpoint)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise BusyError(mount.mountpoint) from None
+        raise UserError(f"cannot unmount {mount.mountpoint}: {error.strerror}", "Unmounting takes root.") from None
+
+
+def _wait(supervisor: int | None, pid: int) -> None:
+    if supervisor is None:
+        return
+    poll = select.poll()
+    poll.register(supervisor, select.POLLIN)
+    if not poll.poll(DEADLINE * 1000):
+        raise UserError(
+            f"unmounted, but process {pid} still restores the VM after {DEADLINE:.0f} s",
+            "QEMU may hang. The system's log says which step it waits for.",
+            EXIT_SYSTEM,
+        )

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Joins the pillars: source -> snapshot -> disks -> tree -> mount, one ladder of contexts, undone in reverse.
+
+What is made first is undone last, also when a later step fails or a signal comes in the middle: the mount goes before
+the NBD connections, these before QEMU's nodes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from qfsbackup.chain import Chain, open_chain
+from qfsbackup.errors import EXIT_SYSTEM, EXIT_UNRESTORED, EXIT_USAGE, UserError
+from qfsbackup.fuse.mount import check_mountpoint, mounted
+from qfsbackup.fuse.operations import Owner
+from qfsbackup.model import Source
+from qfsbackup.nbd.bandwidth import Bandwidth
+from qfsbackup.nbd.budget import Budget
+from qfsbackup.nbd.disk import open_disk
+from qfsbackup.nbd.listing import list_exports
+from qfsbackup.options import Options
+from qfsbackup.runtime import runtime_folder
+from qfsbackup.sources.qemu import QemuSource, qmp_path
+from qfsbackup.sources.uri import UriSource, is_nbd_uri
+from qfsbackup.stacks import all_stacks
+from qfsbackup.status import Status
+from qfsbackup.view import make_tree
+from qfsbackup.watch import watch_fleecing
+
+log = logging.getLogger(__name__)
+
+
+def serve(source: str, mountpoint: Path, options: Options, ready: Callable[[], None]) -> int:
+    """Mount `source` at `mountpoint` and stay until it is unmounted or a signal asks to end.
+
+    Returns the exit status: EXIT_SYSTEM where the snapshot broke meanwhile, EXIT_UNRESTORED where QEMU hangs and could
+    not be restored. Calls `ready` once the tree can be read.
+    Raises UserError; by then all is undone.
+    """
+    status = Status(facts={"source": source, "mountpoint": str(mountpoint), "pid": os.getpid(), "ppid": os.getppid()})
+    try:
+        trio.run(partial(_serve, source, mountpoint, options, status, ready))
+    except BaseExceptionGroup as group:
+        error = _only_error(group)
+        if status.unrestored and isinstance(error, UserError):
+            error.exit_code = EXIT_UNRESTORED
+            error.hint = f"QEMU hangs. Once it answers it is put back as it was; or do it: qfsbackup cleanup {source}"
+        raise error from None
+    if status.unrestored:
+        return EXIT_UNRESTORED
+    return EXIT_SYSTEM if status.broken else 0
+
+
+def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The UserError inside, if nothing worse happened; else the group, with all its tracebacks."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error if isinstance(error, UserError) else group
+
+
+async def _serve(source: str, mountpoint: Path, options: Options, status: Status, ready: Callable[[], None]) -> None:
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(_ended_by_signals())
+        check_mountpoint(mountpoint)
+        runtime = stack.enter_context(runtime_folder())
+        chain = _chain(options, stack)
+        found = _find_source(source, runtime, options, status, chain)
+        snapshot = await stack.enter_async_context(found.snapshot())
+        budget, bandwidth = Budget(), Bandwidth(options.bwlimit) if options.bwlimit else None
+        disks = [
+            await stack.enter_async_context(
+                open_disk(export, status.disks[export.disk], status, budget, options.connections, bandwidth)
+            )
+            for export in snapshot.exports
+        ]
+        tree = await make_tree(snapshot, disks, chain, options, status)
+        owner = Owner(options.uid, options.gid, options.mode)
+        unmounted = await stack.enter_async_context(mounted(tree, mountpoint, source, owner))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch_fleecing, status, disks)
+            ready()
+            await unmounted.wait()
+            nursery.cancel_scope.cancel()
+
+
+def _chain(options: Options, stack: AsyncExitStack) -> Chain | None:
+    if options.target is None:
+        return None
+    return stack.enter_context(open_chain(options.target, options.state, options.chunk))
+
+
+def _find_source(source: str, runtime: Path, options: Options, status: Status, chain: Chain | None) -> Source:
+    """What `source` names: an NBD URI, or else the path of a QMP socket."""
+    if is_nbd_uri(source):
+        if chain:
+            raise UserError(
+                "an NBD server keeps no checkpoints", "target= needs a VM's QMP socket: leave it out here.", EXIT_USAGE
+            )
+        return UriSource(
+            uri=source,
+            list_exports=list_exports,
+            status=status,
+            bitmap=options.bitmap,
+            disks=options.disks,
+            exclude=options.exclude,
+            vm=options.vm,
+        )
+    return QemuSource(
+        socket=qmp_path(source),
+        runtime=runtime,
+        fleece=options.fleece,
+        status=status,
+        freeze=options.freeze,
+        agent=options.agent,
+        disks=options.disks,
+        exclude=options.exclude,
+        vm=options.vm,
+        checkpoint=chain.request if chain else None,
+    )
+
+
+@asynccontextmanager
+async def _ended_by_signals() -> AsyncIterator[None]:
+    """SIGTERM and SIGINT cancel what runs inside; its contexts then end in order. SIGUSR1 logs every task's stack."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def wait() -> None:
+                async for number in signals:
+                    if number == signal.SIGUSR1:
+                        log.warning("%s", all_stacks())
+                        continue
+                    log.info("ending: %s", signal.Signals(number).name)
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(wait)
+            yield
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The kernel's requests, answered from the tree; the one place where an error becomes an errno.
+
+The tree cannot be changed: EROFS for all that would, but for a punched hole. Whatever nobody foresaw is logged with its
+traceback and answered with EIO, so that one bad request never ends the mount.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import math
+import os
+import stat
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+
+from qfsbackup.errors import FsError
+from qfsbackup.fs.control import Control
+from qfsbackup.fs.inodes import is_chunk
+from qfsbackup.fs.node import Attributes, Buffer, Directory, File, Handle, Node
+from qfsbackup.fs.tree import Tree
+from qfsbackup.fuse import _ops
+from qfsbackup.fuse.read_only import ReadOnly
+
+log = logging.getLogger(__name__)
+
+PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE (linux/falloc.h)
+FOREVER = 3600.0  # seconds that the kernel may keep what never changes
+IDLE_TASKS = 16  # that pyfuse3 keeps waiting; with fewer, each request of several readers starts a task and ends one
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose the files are. `mode` overrides the permission bits of files; folders get x where files get r."""
+
+    uid: int = 0
+    gid: int = 0
+    mode: int | None = None
+
+    def permissions(self, attributes: Attributes) -> int:
+        """File type and permission bits as st_mode has them."""
+        if attributes.writable:
+            return stat.S_IFREG | 0o200
+        if not attributes.directory:
+            default = 0o600 if attributes.punchable else 0o400
+            return stat.S_IFREG | (default if self.mode is None else self.mode)
+        read = 0o400 if self.mode is None else self.mode & 0o444
+        return stat.S_IFDIR | read | read >> 2
+
+
+def answered(
+    handler: Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, R]]:
+    """Turn what a handler raises into what pyfuse3 hands to the kernel."""
+
+    @functools.wraps(handler)
+    async def wrapper(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await handler(self, *args, **kwargs)
+        except FsError as error:
+            log.debug("%s: %s", handler.__name__, error)
+            raise pyfuse3.FUSEError(error.errno) from None
+        except pyfuse3.FUSEError:
+            raise
+        except Exception:
+            log.exception("%s failed", handler.__name__)
+            raise pyfuse3.FUSEError(errno.EIO) from None
+
+    return wrapper
+
+
+class Operations(ReadOnly):
+    """`root` is the tree."""
+
+    def __init__(self, root: Tree, owner: Owner) -> None:
+        super().__init__()
+        self._owner = owner
+        self._punches, self._punches_asked = trio.open_memory_channel[tuple[int, Handle, int, int]](math.inf)
+        self._root = root
+        self._nodes: dict[int, Node] = {pyfuse3.ROOT_INODE: root}
+        self._handles: dict[int, Handle] = {}
+        self._next_handle = 0
+        _ops.install(self._fallocate, self._lseek)
+
+    async def serve(self) -> None:
+        """Answer the kernel until it ends the session. Cancelled, it has no request left that it would still answer."""
+        with self._punches, self._punches_asked:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._punch_all, nursery)
+                await pyfuse3.main(min_tasks=IDLE_TASKS)
+                nursery.cancel_scope.cancel()
+
+    async def _punch_all(self, nursery: trio.Nursery) -> None:
+        async for punch in self._punches_asked:
+            nursery.start_soon(self._punch, *punch)
+
+    def _entry(self, attributes: Attributes) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = attributes.inode
+        entry.st_mode = self._owner.permissions(attributes)
+        entry.st_nlink = 2 if attributes.directory else 1
+        entry.st_uid, entry.st_gid = self._owner.uid, self._owner.gid
+        entry.st_size, entry.st_blocks = attributes.size, attributes.blocks
+        entry.st_blksize = 1 << 20  # the largest request that FUSE sends
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = attributes.time
+        entry.entry_timeout = FOREVER
+        entry.attr_timeout = 0.0 if attributes.live else FOREVER
+        return entry
+
+    def _remember(self, node: Node) -> pyfuse3.EntryAttributes:
+        attributes = node.attributes()
+        if not is_chunk(attributes.inode):
+            self._nodes[attributes.inode] = node
+        return self._entry(attributes)
+
+    def _node(self, inode: int) -> Node:
+        return self._root.chunk(inode) or self._nodes[inode]
+
+    def _directory(self, inode: int) -> Directory:
+        node: Any = self._node(inode)
+        if not node.attributes().directory:
+            raise FsError(errno.ENOTDIR, f"inode {inode} is not a folder")
+        return node  # type: ignore[no-any-return]
+
+    @answered
+    async def lookup(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        node = self._directory(parent_inode).lookup(os.fsdecode(name))
+        if node is None:
+            raise FsError(errno.ENOENT, f"no entry {name!r}")
+        return self._remember(node)
+
+    @answered
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        return self._entry(self._node(inode).attributes())
+
+    @answered
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
+        self._directory(inode)
+        return pyfuse3.FileHandleT(inode)
+
+    @answered
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        for number, (name, node) in enumerate(self._directory(fh).entries(start_id), start_id + 1):
+            if not pyfuse3.readdir_reply(token, os.fsencode(name), self._remember(node), number):
+                return
+
+    @answered
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        node: Any = self._node(inode)
+        file: File = node
+        attributes = file.attributes()
+        # A disk is opened for writing even where its server cannot trim: then the punch says that, not the open.
+        if flags & os.O_ACCMODE != os.O_RDONLY and attributes.punchable is None and not attributes.writable:
+            raise FsError(errno.EROFS, f"inode {inode} can neither be written nor punched")
+        if flags & os.O_TRUNC and not attributes.writable:
+            raise FsError(errno.EROFS, "a snapshot cannot be truncated")
+        self._next_handle += 1
+        self._handles[self._next_handle] = file.open()
+        return pyfuse3.FileInfo(fh=self._next_handle, direct_io=True, keep_cache=False)
+
+    @answered
+    async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]  # it takes any buffer
+        return await self._handles[fh].read(off, size)
+
+    @answered
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        handle = self._handles[fh]
+        if not isinstance(handle, Control):
+            raise FsError(errno.EROFS, "a snapshot cannot be written")
+        return await handle.write(buf)
+
+    @answered
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        """`echo commit > control` truncates first."""
+        attributes = self._node(inode).attributes()
+        if not attributes.writable or not fields.update_size:
+            raise FsError(errno.EROFS, "a snapshot cannot be changed")
+        return self._entry(attributes)
+
+    @answered
+    async def release(self, fh: int) -> None:
+        await self._handles.pop(fh).close()
+
+    @answered
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        answer = pyfuse3.StatvfsData()
+        answer.f_bsize = answer.f_frsize = 4096
+        answer.f_namemax = 255
+        return answer
+
+    def _lseek(self, request: int, fh: int, offset: int, whence: int) -> None:
+        try:
+            found = self._handles[fh].seek(offset, whence)
+        except FsError as error:
+            _ops.reply_errno(request, error.errno)
+        else:
+            _ops.reply_offset(request, found)
+
+    def _fallocate(self, request: int, fh: int, mode: int, offset: int, length: int) -> None:
+        if mode != PUNCH_HOLE:
+            _ops.reply_errno(request, errno.EOPNOTSUPP)
+            return
+        self._punches.send_nowait((request, self._handles[fh], offset, length))
+
+    async def _punch(self, request: int, handle: Handle, offset: int, length: int) -> None:
+        number = errno.EIO
+        try:
+            await handle.punch(offset, length)
+            number = 0
+        except FsError as error:
+            log.debug("punch: %s", error)
+            number = error.errno
+        except Exception:
+            log.exception("punch failed")
+        finally:
+            _ops.reply_errno(request, number)

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The facts that the pillars hand to each other, and the two seams with more than one real side.
+
+    sources/  --Snapshot-->  daemon  --Export-->  nbd/  --Disk-->  fs/
+
+Sizes and offsets are bytes. Times are integers: nanoseconds since the epoch, UTC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from qfsbackup.ranges import RangeSet
+
+BitmapStatus = Literal["none", "new", "reuse", "invalid"]
+
+CLUSTER = 64 * 1024  # QEMU's copy-before-write unit over a raw fleecing file (block/copy-before-write.c)
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """One disk of a snapshot, as an NBD server offers it."""
+
+    disk: str  # the disk's name as a person sees it; unique in its snapshot; any characters
+    uri: str  # where libnbd connects to, export name included
+    size: int
+    dirty_context: str | None  # NBD meta context that marks dirty extents; None: everything is dirty
+    can_trim: bool
+    request_unit: int | None = None  # no read may cross a multiple of this: it could return what was written since
+    copied: Callable[[], RangeSet] | None = None  # what may be reported as zero although it is data: look after asking
+    allocation: bool = True  # may the server be asked what is zero
+    bitmap: BitmapStatus = "none"
+    bitmap_reason: str = ""  # why, where the status is `new` or `invalid`
+    details: Mapping[str, object] = field(default_factory=dict)  # what vm.json adds to the disk's entry
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What a disk was when a target was last committed: where its next incremental backup starts."""
+
+    generation: str  # names the bitmap that has recorded since: `qfsbackup-<target>-<generation>`
+    size: int  # of the disk at that time; what was added behind it counts as dirty
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRequest:
+    """Asks a source to start the new generation of `target` at the snapshot's instant."""
+
+    target: str
+    generation: str
+    bases: Callable[[str | None, str], Mapping[str, Base]]  # (uuid, VM's name) -> disk's name -> its base
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One frozen instant of a VM."""
+
+    vm: str
+    uuid: str | None
+    instant: int
+    exports: tuple[Export, ...]
+    frozen: bool = False  # were the guest's file systems frozen by its agent
+    pause_ms: float = 0.0  # how long the guest's CPUs were stopped
+    details: Mapping[str, object] = field(default_factory=dict)  # what vm.json adds
+    config: Mapping[str, bytes] = field(default_factory=dict)  # file name -> content, for config/
+    keep: Callable[[], Awaitable[None]] | None = None
+    """Commit: the new bitmaps stay and the bases go. Without it, leaving the snapshot removes the new ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a target holds of one disk, and what a backup now would find."""
+
+    target: str
+    disk: str
+    generation: str
+    instant: int
+    size: int
+    dirty: int | None  # bytes changed since; None: not known, so the next backup is a full one
+    reason: str  # why it is not known
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One export of an NBD server, as the server itself describes it."""
+
+    name: str  # empty: the server's default export
+    uri: str  # of this export
+    size: int
+    can_trim: bool
+    contexts: tuple[str, ...]  # the NBD meta contexts it has
+
+
+class Source(Protocol):
+    """Where snapshots come from. One module a scheme in `sources/`."""
+
+    def snapshot(self) -> AbstractAsyncContextManager[Snapshot]:
+        """Take a snapshot; leaving the context gives it up and undoes all that taking it did.
+
+        Raises UserError where it cannot be had.
+        """
+        ...
+
+
+class Disk(Protocol):
+    """The bytes of one disk at the instant."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def data(self) -> RangeSet:
+        """What has to be read; all the rest of the disk is known to be zero."""
+        ...
+
+    @property
+    def dirty(self) -> RangeSet:
+        """What changed since the base checkpoint; all of the disk where there is none."""
+        ...
+
+    @property
+    def can_trim(self) -> bool: ...
+
+    async def read(self, offset: int, length: int) -> bytes | bytearray | memoryview:
+        """Exactly the bytes `[offset, offset + length)`, which must lie inside the disk.
+
+        Raises FsError(EIO) where they cannot be had; the other ranges are not affected by that.
+        """
+        ...
+
+    def keep_to(self, ranges: RangeSet) -> None:
+        """Whoever reads in one of these ranges will want nothing behind its end: do not read ahead over it."""
+        ...
+
+    async def probe(self) -> None:
+        """Ask the server for a few bytes, whatever is known of them. Raises FsError(EIO) where nothing is to be had."""
+        ...
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Give the whole clusters in the range back; never while a read of them is in flight. Not readable afterwards.
+
+        Raises FsError(EIO) where the server refuses.
+        """
+        ...

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""One disk of a snapshot over NBD: what of it is data, what is dirty, its bytes, and giving them back.
+
+    read ---> zeros                        where the map says so
+         \\-> a block fetched ahead         readahead.py
+         \\-> a fetch of exactly the rest   fetch.py -> pool.py -> connection.py
+
+An error belongs to the reader who asked for exactly that range. Two errors belong to all: a lost connection, and EINVAL
+on a live one for a range that was not trimmed, which is how QEMU says that the snapshot is broken (EACCES inside QEMU,
+EINVAL on the wire: nbd/server.c system_errno_to_nbd_errno).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+
+from qfsbackup.errors import FsError
+from qfsbackup.model import CLUSTER, Disk, Export
+from qfsbackup.nbd import extents
+from qfsbackup.nbd.bandwidth import Bandwidth
+from qfsbackup.nbd.budget import Budget
+from qfsbackup.nbd.connection import ConnectionLostError, ServerError
+from qfsbackup.nbd.fetch import Fetch
+from qfsbackup.nbd.handle import where
+from qfsbackup.nbd.pool import Pool, WithdrawnError, pool
+from qfsbackup.nbd.readahead import Block, Readahead
+from qfsbackup.ranges import RangeSet
+from qfsbackup.status import DiskStatus, Status
+
+ZEROS = memoryview(bytes(1 << 20))
+SECTOR = 512
+MAX_TRIM = 1 << 30  # bytes a request; its length has 32 bits
+
+
+class NbdDisk:
+    """model.Disk over a pool of connections. Only `open_disk` makes one."""
+
+    def __init__(
+        self,
+        connections: Pool,
+        data: RangeSet,
+        dirty: RangeSet,
+        can_trim: bool,
+        status: DiskStatus,
+        mount: Status,
+        budget: Budget,
+    ) -> None:
+        self._pool = connections
+        self._unit = connections.facts.minimum
+        self._closed = RangeSet()  # trimmed, so not readable any more
+        self._status = status
+        self._mount = mount
+        self.size = connections.facts.size
+        self.data = data.aligned_outward(self._unit, self.size) if self._unit > 1 else data
+        self.dirty = dirty
+        self.can_trim = can_trim
+        self._readahead = Readahead(connections, self.data, self._closed, self.size, budget)
+
+    async def read(self, offset: int, length: int) -> bytes | bytearray | memoryview:
+        """Exactly the bytes `[offset, offset + length)`. Raises FsError(EIO)."""
+        end = offset + length
+        self._check_readable(offset, end)
+        blocks = self._readahead.blocks(offset, end)
+        if not blocks and not self.data.overlaps(offset, end):
+            self._readahead.advance(offset, end, None)
+            return ZEROS[:length] if length <= len(ZEROS) else bytes(length)
+        parts = self._parts(offset, end, blocks)
+        self._readahead.advance(offset, end, blocks[0] if blocks else None)
+        try:
+            views = [await self._arrived(part) for part in parts]
+        finally:
+            self._abandon(parts)
+        return views[0] if len(views) == 1 else b"".join(views)
+
+    def keep_to(self, ranges: RangeSet) -> None:
+        """Do not read ahead over the ends of these ranges."""
+        self._readahead.keep_to(ranges)
+
+    async def probe(self) -> None:
+        """Read what was not given back and stands first on the disk, past all maps. Raises FsError(EIO)."""
+        start = self._closed.next_outside(0, self.size)
+        end = min(start + max(SECTOR, self._unit), self.size)
+        if start < end:
+            self._check_readable(start, end)
+            everything = RangeSet([(start, end)])
+            await self._arrived(_Part(Fetch(self._pool, everything, start, end), start, end))
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Give the whole clusters in the range back, once no read of them is in flight. Raises FsError.
+
+        An unaligned trim aborts QEMU before 9.1 (util/hbitmap.c hbitmap_reset); a partial cluster at the end of the
+        disk is never given back.
+        """
+        if not self.can_trim:
+            raise FsError(errno.EOPNOTSUPP, "this NBD server cannot trim")
+        unit = max(CLUSTER, self._unit)
+        start, end = -(-offset // unit) * unit, (offset + length) // unit * unit
+        if start >= end:
+            return
+        self._closed.add(start, end)
+        self._readahead.close(start, end)
+        for position in range(start, end, MAX_TRIM):
+            await self._trim_at_once(position, min(position + MAX_TRIM, end))
+
+    async def _trim_at_once(self, start: int, end: int) -> None:
+        result: list[Exception | None] = []
+        over = trio.Event()
+
+        def done(error: Exception | None) -> None:
+            result.append(error)
+            over.set()
+
+        self._pool.trim(start, end - start, done)
+        await over.wait()
+        if result[0]:
+            raise FsError(errno.EIO, f"trim of [{start}, {end}) failed: {result[0]}") from result[0]
+        self._status.trimmed += end - start
+
+    def forget(self) -> None:
+        """Give what was fetched ahead back to the budget."""
+        self._readahead.drop_all()
+
+    def _check_readable(self, start: int, end: int) -> None:
+        if self._mount.broken:
+            raise FsError(errno.EIO, f"the snapshot is broken: {self._mount.broken}")
+        if self._closed.overlaps(start, end):
+            raise FsError(errno.EIO, f"[{start}, {end}) was given back, at least in part")
+
+    def _parts(self, start: int, end: int, blocks: list[Block]) -> list[_Part]:
+        """`[start, end)` in pieces: those that blocks hold, and fetches for the gaps between them."""
+        parts = []
+        for block in blocks:
+            if start < block.fetch.start:
+                parts.append(self._direct(start, block.fetch.start))
+                start = block.fetch.start
+            stop = min(end, block.fetch.end)
+            self._readahead.take(block, stop - start)
+            parts.append(_Part(block.fetch, start, stop, block))
+            start = stop
+        if start < end:
+            parts.append(self._direct(start, end))
+        return parts
+
+    def _direct(self, start: int, end: int) -> _Part:
+        """A fetch of just this range, widened to the server's minimum block."""
+        unit = self._unit
+        fetch = Fetch(self._pool, self.data, start // unit * unit, min(-(-end // unit) * unit, self.size))
+        return _Part(fetch, start, end)
+
+    async def _arrived(self, part: _Part) -> memoryview:
+        try:
+            await part.fetch.wait()
+        except (ServerError, WithdrawnError) as error:
+            if part.block is None:
+                raise self._failed(part, error) from error
+        except ConnectionLostError as error:
+            raise FsError(errno.EIO, f"the connection to the NBD server is lost: {error}") from error
+        else:
+            return part.fetch.view(part.start, part.end)
+        return await self._instead(part)
+
+    async def _instead(self, part: _Part) -> memoryview:
+        """A block did not come: ask for exactly what the reader wants, the error may be a neighbour's."""
+        if part.block:
+            self._readahead.failed(part.block)
+        self._check_readable(part.start, part.end)
+        direct = self._direct(part.start, part.end)
+        try:
+            return await self._arrived(direct)
+        finally:
+            self._abandon([direct])
+
+    def _abandon(self, parts: list[_Part]) -> None:
+        for part in parts:
+            if part.block is None and not part.fetch.over:
+                part.fetch.abandon()
+
+    def _failed(self, part: _Part, error: Exception) -> FsError:
+        trimmed = self._closed.overlaps(part.start, part.end)
+        if isinstance(error, ServerError) and error.errno == errno.EINVAL and not trimmed:
+            self._mount.mark_broken(f"QEMU refuses to read bytes [{part.start}, {part.end}) of a disk: {error}")
+        return FsError(errno.EIO, f"read of [{part.start}, {part.end}) failed: {error}")
+
+
+@dataclass(slots=True)
+class _Part:
+    """Where the bytes `[start, end)` of an answer come from; `block` where they were fetched ahead."""
+
+    fetch: Fetch
+    start: int
+    end: int
+    block: Block | None = None
+
+
+class EmptyDisk:
+    """A disk of no bytes: nobody can export it, and there is nothing to read."""
+
+    size = 0
+    can_trim = False
+
+    def __init__(self) -> None:
+        self.data = RangeSet()
+        self.dirty = RangeSet()
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Nothing."""
+        raise FsError(errno.EIO, f"[{offset}, {offset + length}) is outside an empty disk")
+
+    def keep_to(self, ranges: RangeSet) -> None:
+        """Nothing is read."""
+
+    async def probe(self) -> None:
+        """It answers."""
+
+    async def trim(self, offset: int, length: int) -> None:
+        """Nothing to give back."""
+
+
+@asynccontextmanager
+async def open_disk(
+    export: Export,
+    status: DiskStatus,
+    mount_status: Status,
+    budget: Budget,
+    connections: int = 2,
+    bandwidth: Bandwidth | None = None,
+) -> AsyncIterator[Disk]:
+    """The disk behind `export`; its maps are fetched before anything can be trimmed.
+
+    `budget` and `bandwidth` are shared by all disks of a mount. Counts in `status`; breaks `mount_status` when the
+    server goes away. Raises UserError where the server cannot be reached or does not offer what `export` says.
+    """
+    if not export.uri and export.size == 0:
+        yield EmptyDisk()
+        return
+
+    def lost(error: ConnectionLostError) -> None:
+        mount_status.mark_broken(f"the connection to {where(export.uri)} is lost: {error}")
+
+    # One connection at a time: a server may take no more. And one map at a time: two block status requests for the same
+    # range must not be in flight.
+    dirty = RangeSet([(0, export.size)])
+    if export.dirty_context:
+        dirty = await extents.dirty(export.uri, export.size, export.dirty_context)
+    data = await _allocation(export)
+    status.data, status.dirty = data.total(), dirty.total()
+    async with pool(export.uri, export.size, connections, status, bandwidth, lost, export.request_unit) as opened:
+        can_trim = export.can_trim and opened.facts.can_trim
+        disk = NbdDisk(opened, data, dirty, can_trim, status, mount_status, budget)
+        try:
+            yield disk
+        finally:
+            disk.forget()
+
+
+async def _allocation(export: Export) -> RangeSet:
+    """What is not known to be zero."""
+    if not export.allocation:
+        return RangeSet([(0, export.size)])
+    data = await extents.allocation(export.uri, export.size)
+    return data | export.copied() if export.copied else data

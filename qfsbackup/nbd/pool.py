@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Several connections to one export, used as one; no two requests in flight overlap (see inflight.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+
+import trio
+
+from qfsbackup.nbd.bandwidth import Bandwidth
+from qfsbackup.nbd.connection import Buffer, Connection, ConnectionLostError, connection
+from qfsbackup.nbd.inflight import Done, InFlight, Job
+from qfsbackup.nbd.patience import Patience
+from qfsbackup.nbd.tasks import background
+from qfsbackup.status import DiskStatus
+
+REQUEST = 512 * 1024  # bytes a request; QEMU holds up guest writes to a range while it is read
+SMALL = 64 * 1024  # bytes
+DEPTH = 8  # requests in flight on a connection; QEMU serves 16 of one client (nbd/server.c MAX_NBD_REQUESTS)
+
+
+class WithdrawnError(Exception):
+    """The request was taken back before it went out."""
+
+
+class Pool:
+    """The connections of one disk. Only `pool()` makes one. One lost connection is the end of them all."""
+
+    def __init__(self, status: DiskStatus, bandwidth: Bandwidth | None, request_unit: int | None = None) -> None:
+        self._status = status
+        self._largest = min(REQUEST, request_unit or REQUEST)
+        self.lost: ConnectionLostError | None = None
+        self._connections: list[Connection] = []
+        self._bandwidth = bandwidth
+        self._patience = Patience()
+        self._in_flight = InFlight(0, self._send)
+        self._paying, self._to_pay = trio.open_memory_channel[Job](math.inf)
+
+    def join(self, opened: Connection) -> None:
+        """One connection more."""
+        self._connections.append(opened)
+        self._in_flight.depth = DEPTH * len(self._connections)
+
+    @property
+    def facts(self) -> Connection:
+        """Any connection: all say the same of the export."""
+        return self._connections[0]
+
+    @property
+    def limit(self) -> int:
+        """Bytes; no read may cross a multiple of this."""
+        return min(self._largest, self.facts.maximum)
+
+    @property
+    def has_room(self) -> bool:
+        """Would a read go out at once; prefetching stands back where not."""
+        return self._in_flight.has_room and not self._to_pay.statistics().current_buffer_used
+
+    def is_reading(self, start: int, end: int) -> bool:
+        """Is any byte of the range in flight."""
+        return self._in_flight.is_busy(start, end)
+
+    def read(self, buffer: Buffer, offset: int, done: Done) -> Job:
+        """Fill `buffer` from `offset`; the buffer belongs to the request until `done`."""
+        job = Job(offset, offset + len(buffer), buffer, done)
+        if self.lost:
+            done(self.lost)
+        elif self._bandwidth:
+            self._paying.send_nowait(job)
+        else:
+            self._in_flight.put(job)
+        return job
+
+    def trim(self, offset: int, length: int, done: Done) -> None:
+        """Discard a range, after the requests for it that came before."""
+        if self.lost:
+            done(self.lost)
+        else:
+            self._in_flight.put(Job(offset, offset + length, None, done))
+
+    def linger(self) -> None:
+        """Wait for a small read on the spot if it is the only one, and that is wise (see patience.py)."""
+        job = self._in_flight.only
+        if job is None:
+            self._patience.others_came()
+        elif job.end - job.start <= SMALL and self._patience.waits():
+            busy = next(candidate for candidate in self._connections if candidate.in_flight)
+            if not busy.linger():
+                self._patience.was_late()
+
+    def withdraw(self, job: Job) -> None:
+        """Nobody waits for this read: it ends with WithdrawnError if it has not gone out, else in its own time."""
+        job.withdrawn = True
+        if self._in_flight.withdraw(job):
+            job.done(WithdrawnError())
+
+    def _send(self, job: Job) -> None:
+        def done(error: Exception | None) -> None:
+            self._in_flight.finished(job)
+            job.done(error)
+
+        self._status.nbd_requests += 1
+        chosen = min(self._connections, key=_load)
+        if job.buffer is None:
+            chosen.trim(job.start, job.end - job.start, done)
+        else:
+            self._status.nbd_bytes += job.end - job.start
+            chosen.read(job.buffer, job.start, done)
+
+    async def pay(self) -> None:
+        """Task: let reads through at the pace of the bandwidth."""
+        async for job in self._to_pay:
+            if self._bandwidth and not job.withdrawn:
+                await self._bandwidth.pay(job.end - job.start)
+            if job.withdrawn:
+                job.done(WithdrawnError())
+            elif self.lost:
+                job.done(self.lost)
+            else:
+                self._in_flight.put(job)
+
+    def lose(self, error: ConnectionLostError) -> None:
+        """Fail all that has not gone out; the connections fail what has."""
+        if self.lost:
+            return
+        self.lost = error
+        for job in self._in_flight.take_waiting():
+            job.done(error)
+        while self._bandwidth and self._to_pay.statistics().current_buffer_used:
+            self._to_pay.receive_nowait().done(error)
+
+
+def _load(candidate: Connection) -> int:
+    return candidate.in_flight
+
+
+@asynccontextmanager
+async def pool(
+    uri: str,
+    size: int,
+    connections: int,
+    status: DiskStatus,
+    bandwidth: Bandwidth | None = None,
+    on_lost: Callable[[ConnectionLostError], None] | None = None,
+    request_unit: int | None = None,
+) -> AsyncIterator[Pool]:
+    """Connections to `uri`, an export of `size` bytes; only one where the server does not promise coherence.
+
+    Requests are counted in `status`, and paced by `bandwidth`; none crosses a multiple of `request_unit`.
+    `on_lost` is called once when the server goes away. Raises UserError where it cannot be reached.
+    """
+    opened = Pool(status, bandwidth, request_unit)
+
+    def lost(error: ConnectionLostError) -> None:
+        if not opened.lost and on_lost:
+            on_lost(error)
+        opened.lose(error)
+
+    async with AsyncExitStack() as stack:
+        connect = partial(connection, uri, size, on_lost=lost)
+        opened.join(await stack.enter_async_context(connect()))
+        for _ in range(connections - 1 if opened.facts.can_multi_conn else 0):
+            opened.join(await stack.enter_async_context(connect()))
+        await stack.enter_async_context(background(opened.pay))
+        stack.callback(opened.lose, ConnectionLostError("the disk was closed"))
+        yield opened

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The options behind `-o`, as mount(8), fstab and our own commands hand them over.
+
+Unknown ones are refused by name: a misspelt `exclude=` must not silently back up what should stay out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from qfsbackup.errors import EXIT_USAGE, UserError
+from qfsbackup.fs.grid import is_chunk_size
+
+Freeze = Literal["auto", "require", "off"]
+Access = Literal["full", "dirty"]
+Discard = Literal["off", "release"]
+
+# What mount(8), fstab(5) and systemd.mount(5) put there for themselves.
+MOUNT_OWN = re.compile(
+    r"ro|rw|auto|noauto|nofail|_netdev|defaults|user|users|nouser|owner|group|x-.*|X-.*|comment=.*|"
+    r"(no)?(exec|suid|dev|atime|diratime|relatime|strictatime|lazytime)|(a)?sync|loud|silent"
+)
+
+SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a mount is asked to be; sizes in bytes."""
+
+    fleece: Path = Path("/var/tmp")  # noqa: S108  # files there have no name, so nobody can guess or replace them
+    fleece_limit: int | None = None  # over all disks
+    freeze: Freeze = "auto"
+    agent: Path | None = None  # the guest agent's socket
+    disks: tuple[str, ...] = ()  # empty: all that are written to
+    exclude: tuple[str, ...] = ()
+    bwlimit: int | None = None  # bytes per second
+    connections: int = 2  # for each disk
+    uid: int = 0
+    gid: int = 0
+    mode: int | None = None
+    vm: str | None = None
+    bitmap: str | None = None  # NBD sources: the dirty bitmap that is the map
+    target: str | None = None  # the backup destination whose chain this mount continues
+    state: Path = Path("/var/lib/qfsbackup")  # where chains are kept
+    chunk: int | None = None  # bytes
+    access: Access = "full"
+    discard: Discard = "off"
+
+
+def parse_size(text: str) -> int:
+    """`text` in bytes; a suffix k, M, G or T (also KiB and so on) counts in powers of 1024. Raises ValueError."""
+    match = re.fullmatch(r"(\d+)([kmgt]?)(i?b)?", text.strip().lower())
+    if not match:
+        raise ValueError("a size is a number, with k, M, G or T behind it for KiB, MiB, GiB, TiB")
+    return int(match[1]) * SIZES[match[2]]
+
+
+def _positive_size(text: str) -> int:
+    size = parse_size(text)
+    if not size:
+        raise ValueError("it must be more than 0")
+    return size
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"it is one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def _target(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", text):
+        raise ValueError("it is up to 64 letters, digits and _.- and begins with a letter or a digit")
+    return text
+
+
+def _chunk(text: str) -> int:
+    size = parse_size(text)
+    if not is_chunk_size(size):
+        raise ValueError("it is a power of two, from 64k to 1T")
+    return size
+
+
+def _connections(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 16:
+        raise ValueError("it is a number from 1 to 16")
+    return int(text)
+
+
+def _identity(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError("it is a number, as `id -u` and `id -g` print it")
+    return int(text)
+
+
+def _mode(text: str) -> int:
+    if not re.fullmatch(r"0?[0-7]{3}", text):
+        raise ValueError("it is three octal digits, as in 440")
+    return int(text, 8)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name for name in text.split(":") if name)
+    if not names:
+        raise ValueError("name one disk, or several with : between them")
+    return names
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise ValueError("it is a path")
+    return Path(text).absolute()
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise ValueError("it must not be empty")
+    return text
+
+
+PARSERS: dict[str, Callable[[str], object]] = {
+    "fleece": _path,
+    "fleece-limit": _positive_size,
+    "freeze": _one_of(*get_args(Freeze)),
+    "agent": _path,
+    "disks": _names,
+    "exclude": _names,
+    "bwlimit": _positive_size,
+    "connections": _connections,
+    "uid": _identity,
+    "gid": _identity,
+    "mode": _mode,
+    "vm": _text,
+    "bitmap": _text,
+    "target": _target,
+    "state": _path,
+    "chunk": _chunk,
+    "access": _one_of(*get_args(Access)),
+    "discard": _one_of(*get_args(Discard)),
+}
+
+
+def parse_options(texts: list[str]) -> Options:
+    """`texts` are the arguments of each `-o`; a later option wins. Raises UserError."""
+    options = Options()
+    for text in ",".join(texts).split(","):
+        if text and not MOUNT_OWN.fullmatch(text):
+            options = _apply(options, text)
+    return options
+
+
+def _apply(options: Options, text: str) -> Options:
+    name, _, value = text.partition("=")
+    parser = PARSERS.get(name)
+    if parser is None:
+        raise UserError(f"unknown option: {name}", f"The options are: {', '.join(sorted(PARSERS))}.", EXIT_USAGE)
+    try:
+        parsed = parser(value)
+    except ValueError as error:
+        raise UserError(f"option {name}={value} cannot be understood", f"For {name}: {error}.", EXIT_USAGE) from None
+    return replace(options, **{name.replace("-", "_"): parsed})  # type: ignore[arg-type]  # each parser fits its field

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The source `qmp:/PATH`: a snapshot of a running QEMU VM, taken through a QMP socket that is ours alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+from urllib.parse import quote
+
+import trio
+
+from qfsbackup.errors import EXIT_USAGE, UserError
+from qfsbackup.model import CLUSTER, Base, CheckpointRequest, Export, Snapshot
+from qfsbackup.sources.uri import SCHEMES
+from qfsbackup.status import DiskStatus, Status
+from qfsbackup.vm.bitmaps import MAP, Checkpoint, plan, remove_leftovers
+from qfsbackup.vm.cleanup import cleanup
+from qfsbackup.vm.config import config_files
+from qfsbackup.vm.fleecing import free_space
+from qfsbackup.vm.freeze import Freeze
+from qfsbackup.vm.graph import Disk, Machine, look
+from qfsbackup.vm.presence import listens
+from qfsbackup.vm.qmp import Qmp, QmpError, connect
+from qfsbackup.vm.selection import choose, left_out, refuse_disks, refuse_machine
+from qfsbackup.vm.snapshot import Served, Taken, take
+
+log = logging.getLogger(__name__)
+
+NBD_SOCKET = "nbd.sock"
+AGAIN_TIMEOUT = 60.0  # seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QemuSource:
+    """A running VM. `runtime` is a 0700 folder of ours with a short path, for the NBD socket."""
+
+    socket: Path  # the QMP socket
+    runtime: Path
+    fleece: Path  # where fleecing files go
+    status: Status
+    freeze: Literal["auto", "require", "off"] = "auto"
+    agent: Path | None = None  # the guest agent's socket
+    disks: Collection[str] = ()  # names; none: every writable disk with a medium
+    exclude: Collection[str] = ()
+    vm: str | None = None  # what to call the VM, instead of what QEMU calls it
+    checkpoint: CheckpointRequest | None = None  # the target whose next generation this is
+
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[Snapshot]:
+        """Take it; see model.Source. When QEMU goes away meanwhile, `status.vm_gone` says so at once."""
+        qmp: Qmp | None = None
+        try:
+            async with AsyncExitStack() as stack:
+                try:
+                    qmp = await stack.enter_async_context(connect(self.socket, on_gone=self._gone))
+                    snapshot = await self._snapshot(qmp, stack)
+                except QmpError as error:
+                    raise UserError(
+                        f"QEMU does not give a snapshot: {error}", "The VM is as it was; look at its log and its state."
+                    ) from error
+                _log(snapshot)
+                yield snapshot
+        finally:
+            if self.status.vm_gone or (qmp is not None and qmp.hung):
+                await self._clean_up_again()
+            elif qmp is not None:
+                log.info("QEMU is as it was")
+
+    async def _clean_up_again(self) -> None:
+        """Where there was no answer, nothing could be undone; QEMU may be alive all the same."""
+        self.status.unrestored = listens(self.socket)
+        with trio.move_on_after(AGAIN_TIMEOUT, shield=True):
+            try:
+                async with connect(self.socket, on_gone=log.debug) as qmp:
+                    for undone in await cleanup(qmp, self.agent):
+                        log.warning("after the connection to QEMU was lost: %s", undone)
+                self.status.unrestored = False
+            except (UserError, QmpError) as error:
+                log.debug("nothing can be undone: %s", error)
+
+    async def _snapshot(self, qmp: Qmp, stack: AsyncExitStack) -> Snapshot:
+        for undone in await cleanup(qmp, self.agent):
+            log.warning("left by an earlier snapshot: %s", undone)
+        machine = await look(qmp)
+        refuse_machine(machine)
+        bases = await self._bases(qmp, machine)
+        machine = await look(qmp)
+        chosen = choose(machine, self.disks, self.exclude)
+        refuse_disks(machine, chosen)
+        config = await config_files(qmp)
+        taking = take(
+            qmp,
+            machine,
+            chosen,
+            checkpoints=self._checkpoints(chosen, bases),
+            fleece=self.fleece,
+            socket_path=self.runtime / NBD_SOCKET,
+            freeze=Freeze(self.freeze, self.agent),
+        )
+        taken = await stack.enter_async_context(taking)
+        self._count(taken)
+        return self._facts(machine, taken, config)
+
+    async def _bases(self, qmp: Qmp, machine: Machine) -> Mapping[str, Base]:
+        """Where each disk's backup starts, by its name; bitmaps of the target that are no base are removed."""
+        if self.checkpoint is None:
+            return {}
+        bases = self.checkpoint.bases(machine.uuid, vm_name(self.vm, machine, self.socket))
+        generations = {base.generation for base in bases.values()}
+        for removed in await remove_leftovers(qmp, self.checkpoint.target, generations):
+            log.warning("left by a backup that was not committed: %s", removed)
+        return bases
+
+    def _checkpoints(self, disks: Sequence[Disk], bases: Mapping[str, Base]) -> Mapping[str, Checkpoint]:
+        request = self.checkpoint
+        if request is None:
+            return {}
+        return {
+            disk.name: plan(disk, request.target, request.generation, bases.get(disk.name))
+            for disk in disks
+            if not disk.root.read_only
+        }
+
+    def _gone(self, reason: str) -> None:
+        self.status.vm_gone = reason
+        log.error("the VM is gone: %s", reason)
+
+    def _count(self, taken: Taken) -> None:
+        self.status.fleecing_free = partial(_free, self.fleece)
+        for served in taken.served:
+            status = DiskStatus(served.disk.root.size)
+            if served.fleecing is not None:
+                status.fleecing_used = served.fleecing.used
+                status.fleecing_lost = served.fleecing.lost
+            self.status.disks[served.disk.name] = status
+
+    def _facts(self, machine: Machine, taken: Taken, config: Mapping[str, bytes]) -> Snapshot:
+        names = {served.disk.name for served in taken.served}
+        left = {disk.name: left_out(disk) or "not chosen" for disk in machine.disks if disk.name not in names}
+        return Snapshot(
+            vm=vm_name(self.vm, machine, self.socket),
+            uuid=machine.uuid,
+            instant=taken.instant,
+            exports=tuple(self._export(served) for served in taken.served),
+            frozen=taken.frozen,
+            pause_ms=taken.pause_ms,
+            details={"qemu": ".".join(map(str, machine.version)), "disks_left_out": left},
+            config=config,
+            keep=taken.keep if self.checkpoint else None,
+        )
+
+    def _export(self, served: Served) -> Export:
+        disk, point = served.disk, served.checkpoint
+        return Export(
+            disk=disk.name,
+            uri=f"nbd+unix:///{served.export}?socket={quote(str(self.runtime / NBD_SOCKET))}",
+            size=disk.root.size,
+            dirty_context=f"qemu:dirty-bitmap:{MAP}" if point and point.base else None,
+            can_trim=served.fleecing is not None,
+            request_unit=served.request_unit,
+            copied=served.fleecing.copied if served.fleecing and served.request_unit else None,
+            allocation=served.allocation,
+            bitmap=point.status if point else "none",
+            bitmap_reason=point.reason if point else "",
+            details={
+                "interface": disk.kind,
+                "format": disk.format.driver,
+                "file": disk.format.filename,
+                "cluster": CLUSTER,
+            },
+        )
+
+
+def qmp_path(source: str) -> Path:
+    """The QMP socket that a source without another scheme names. Raises UserError."""
+    if "://" in source:
+        raise UserError(
+            f"no source is called {source.partition('://')[0]}://",
+            f"A source is the path of a VM's QMP socket, or an NBD URI ({', '.join(SCHEMES)}).",
+            EXIT_USAGE,
+        )
+    return Path(source)
+
+
+def _log(snapshot: Snapshot) -> None:
+    log.info(
+        "took a snapshot of %s: %s; file systems %s, guest paused %.1f ms",
+        snapshot.vm,
+        ", ".join(f"{export.disk} ({export.size} bytes)" for export in snapshot.exports),
+        "frozen" if snapshot.frozen else "not frozen",
+        snapshot.pause_ms,
+    )
+
+
+def vm_name(given: str | None, machine: Machine, socket: Path) -> str:
+    """What a VM is called: as the person says, else as QEMU says, else as its socket is."""
+    return given or machine.name or socket.stem
+
+
+def _free(folder: Path) -> int:
+    try:
+        return free_space(folder)
+    except OSError:
+        return 0

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The checkpoints of one VM: what each target has committed, and every time it has shown.
+
+One SQLite file holds all VMs of one name, by UUID: another VM behind the same name finds nothing to start from, and yet
+never shows a time that was shown before. Whatever is lost or damaged makes the next backup a full one. What a method
+has stored is on the disk when it returns.
+
+Why a skipped file is always the same file. Tools skip a file whose size, mtime, ctime and inode are what they were.
+
+- A time belongs to one mount of one target: `begin` stores it before anybody sees it, and each is later than all before
+  it. A chunk that changed shows the time of its mount, which the tool cannot have.
+- With the store the times are lost, but also the numbers that the inodes are made of: a new store starts at a random
+  one. rsync looks at no inode. To deceive it, the store must be lost *and* the clock be set back.
+
+A time is 5 s before the instant: borg forgets files that are younger than its own start less 3 s. It can only be later
+where mounts follow each other within seconds, or where the clock was set back. Then restic and rsync go on as ever, for
+they ask only whether a time is the same; borg reads the chunks with such a time again and again until its clock has
+passed them: slower, never wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sqlite3
+from array import array
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qfsbackup.errors import UserError
+from qfsbackup.model import Base
+from qfsbackup.state.database import EVERY_TARGET, SECOND, failed, open_database, show, transaction
+from qfsbackup.state.files import lock_path, locked, prepare_folder, store_path
+
+log = logging.getLogger(__name__)
+
+FOLDER = Path("/var/lib/qfsbackup")
+EARLIER = 5  # seconds before the instant
+NO_DISK = "null"  # no name looks so: names are JSON strings, in quotes
+
+
+@dataclass(frozen=True, slots=True)
+class DiskState:
+    """A disk as it was committed to a target; times in nanoseconds since the epoch, sizes in bytes."""
+
+    generation: str
+    instant: int
+    size: int
+    chunk: int
+    times: array[int]  # of each chunk; type code "q"
+
+
+class Store:
+    """The state of the VM `uuid`. Only `open_store` makes one. Each method raises UserError where storing fails."""
+
+    def __init__(self, database: sqlite3.Connection, path: Path, uuid: str) -> None:
+        self._database = database
+        self._path = path
+        self._uuid = uuid
+
+    def lock(self, target: str) -> AbstractContextManager[None]:
+        """Keep other mounts of this VM from using the target meanwhile. Raises UserError where one does."""
+        busy = UserError(
+            f"the target {target} of this VM is in use by another mount",
+            "Unmount that one first, or name another target.",
+        )
+        return locked(lock_path(self._path, target), busy)
+
+    def disk_number(self, name: str) -> int:
+        """The number of a disk: the same for ever, and never another's."""
+        return self._number(_as_text(name))
+
+    def vm_number(self) -> int:
+        """A number like a disk's, for what belongs to none."""
+        return self._number(NO_DISK)
+
+    def _number(self, text: str) -> int:
+        key = (self._uuid, text)
+        with self._transaction():
+            self._database.execute("INSERT OR IGNORE INTO disk (uuid, name) VALUES (?, ?)", key)
+            query = "SELECT number FROM disk WHERE uuid = ? AND name = ?"
+            number: int = self._database.execute(query, key).fetchone()[0]
+        return number
+
+    def bases(self, target: str) -> dict[str, Base]:
+        """Where each disk's next incremental backup starts, by the disk's name."""
+        return {name: Base(disk.generation, disk.size) for name, disk in self.disks(target).items()}
+
+    def disks(self, target: str) -> dict[str, DiskState]:
+        """What was committed last, by the disk's name."""
+        return self.targets().get(target, {})
+
+    def targets(self) -> dict[str, dict[str, DiskState]]:
+        """All that was committed: target -> disk's name -> its state. Damaged entries are left out."""
+        found: dict[str, dict[str, DiskState]] = {}
+        query = (
+            "SELECT target, name, disk, generation, instant, size, chunk, times, digest "
+            "FROM base JOIN disk ON disk = number WHERE uuid = ? ORDER BY target, number"
+        )
+        with self._transaction():
+            rows = self._database.execute(query, (self._uuid,)).fetchall()
+        for target, name, *entry, digest in rows:
+            if _digest(target, *entry) != digest:
+                log.warning("%s: an entry of target %s is damaged; that disk's next backup is full", self._path, target)
+                continue
+            _, generation, instant, size, chunk, times = entry
+            state = DiskState(generation, instant, size, chunk, array("q", times))
+            found.setdefault(json.loads(target), {})[json.loads(name)] = state
+        return found
+
+    def begin(self, target: str, instant: int) -> int:
+        """The time that a mount with this instant shows on what has changed: in nanoseconds, but whole seconds.
+
+        5 s before the instant, and at least 1 s after each time that any mount of the target has shown, whether that
+        was committed or not. It is stored before it is returned.
+        """
+        text = _as_text(target)
+        with self._transaction():
+            query = "SELECT max(time) FROM shown WHERE target IN (?, ?)"
+            newest = self._database.execute(query, (text, EVERY_TARGET)).fetchone()[0] or 0
+            time = max(instant // SECOND - EARLIER, newest + 1)
+            show(self._database, text, time)
+        if time * SECOND >= instant:
+            log.warning("target %s has shown later times than now: was the clock set back? borg may be slower", target)
+        return time * SECOND
+
+    def commit(self, target: str, disks: Mapping[str, DiskState]) -> None:
+        """From now on these disks' next backups start here; the target's other disks stay as they are."""
+        rows = [self._row(target, name, disk) for name, disk in disks.items()]
+        with self._transaction():
+            self._database.executemany("INSERT OR REPLACE INTO base VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def _row(self, target: str, name: str, disk: DiskState) -> tuple[object, ...]:
+        entry = (
+            _as_text(target), self.disk_number(name),
+            disk.generation, disk.instant, disk.size, disk.chunk, disk.times.tobytes(),
+        )  # fmt: skip
+        return (*entry, _digest(*entry))
+
+    def delete(self, target: str) -> None:
+        """Forget what was committed. The times shown are kept: the tool may still have files with them."""
+        with self._transaction():
+            query = "DELETE FROM base WHERE target = ? AND disk IN (SELECT number FROM disk WHERE uuid = ?)"
+            self._database.execute(query, (_as_text(target), self._uuid))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            with transaction(self._database):
+                yield
+        except sqlite3.Error as error:
+            raise failed(self._path, error) from error
+
+
+@contextmanager
+def open_store(folder: Path, uuid: str | None, name: str) -> Iterator[Store]:
+    """The state of the VM with this identity, made where there is none; nobody else can read it.
+
+    A store that is damaged, or of a newer version, is set aside and a new one begun: the next backups are full ones.
+    Raises UserError where nothing can be kept in `folder`.
+    """
+    prepare_folder(folder)
+    path = store_path(folder, name)
+    with locked(Path(f"{path}.lock")):
+        database = open_database(path)
+    with closing(database):
+        yield Store(database, path, uuid or "")
+
+
+def _as_text(name: str) -> str:
+    """A name as SQLite can hold it: not every string can be UTF-8."""
+    return json.dumps(name)
+
+
+def _digest(*entry: object) -> bytes:
+    """Of what an entry says, so that a flipped bit costs a full backup and nothing else."""
+    return hashlib.sha256(repr(entry).encode()).digest()

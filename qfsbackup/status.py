@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The live figures of one mount: every pillar counts here, `.qfsbackup/status.json` and `qfsbackup status` show it.
+
+Also the one place that knows whether the snapshot is still whole. Once it is broken it stays broken, and every read of
+every disk fails from then on: a backup that misses a piece must not look like one that does not.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of the JSON; raised when a key changes its meaning or goes away
+
+
+@dataclass(slots=True)
+class DiskStatus:
+    """Counters of one disk; all in bytes unless the name says otherwise."""
+
+    size: int
+    data: int = 0  # what is not known to be zero
+    dirty: int = 0  # changed since the base checkpoint
+    bitmap: str = "none"
+    bitmap_reason: str = ""
+    nbd_bytes: int = 0  # read from the NBD server, readahead included
+    nbd_requests: int = 0  # a count
+    read_bytes: int = 0  # answered to readers, zeros included
+    read_errors: int = 0  # a count
+    punched: int = 0  # punched by readers
+    trimmed: int = 0  # given back to the server
+    fleecing_used: Callable[[], int] = field(default=lambda: 0)  # allocated in the fleecing file, now
+    fleecing_lost: Callable[[], bool] = field(default=lambda: False)  # could its file system not store all of it
+
+
+@dataclass(slots=True)
+class Status:
+    """Everything `status.json` shows. `facts` are fixed once the mount is ready; the rest moves."""
+
+    facts: dict[str, object] = field(default_factory=dict)
+    disks: dict[str, DiskStatus] = field(default_factory=dict)
+    broken: str | None = None  # why the snapshot can no longer be read
+    vm_gone: str | None = None  # why QEMU can no longer be reached
+    unrestored: bool = False  # QEMU is there but hangs, and still has what we added
+    fleecing_limit: int | None = None  # bytes over all disks
+    fleecing_free: Callable[[], int] = field(default=lambda: 0)  # bytes left in the fleecing folder's file system
+    fleecing_peak: int = 0  # the most they held at any look
+    fleecing_warning: bool = False  # will there soon be no room left
+    fleecing_full_in: float | None = None  # seconds, at the rate of the last minute; None: they do not grow
+
+    def mark_broken(self, reason: str) -> None:
+        """Every read fails from now on. The first reason stays."""
+        if self.broken is None:
+            self.broken = reason
+            log.error("the snapshot is broken: %s; every read fails from now on", reason)
+
+    def check_fleecing(self) -> None:
+        """Mark the snapshot broken where a fleecing file lost data after QEMU had written it."""
+        for name, disk in self.disks.items():
+            if disk.fleecing_lost():
+                self.mark_broken(f"the fleecing file of {name} could not be stored: its file system had an error")
+
+    def fleecing_used(self) -> int:
+        """Bytes that all fleecing files hold now."""
+        used = sum(disk.fleecing_used() for disk in self.disks.values())
+        self.fleecing_peak = max(self.fleecing_peak, used)
+        return used
+
+    def as_dict(self) -> dict[str, object]:
+        """The shape that the README documents; keys are only ever added to a `format`."""
+        return {
+            "format": FORMAT,
+            **self.facts,
+            "state": "broken" if self.broken else "ready",
+            "broken": self.broken,
+            "vm_gone": self.vm_gone,
+            "fleecing": {
+                "used": self.fleecing_used(),
+                "peak": self.fleecing_peak,
+                "free": self.fleecing_free(),
+                "limit": self.fleecing_limit,
+                "warning": self.fleecing_warning,
+                "full_in_s": None if self.fleecing_full_in is None else round(self.fleecing_full_in),
+            },
+            "disks": {name: _disk_dict(disk) for name, disk in self.disks.items()},
+        }
+
+
+def _disk_dict(disk: DiskStatus) -> dict[str, object]:
+    return {
+        "size": disk.size,
+        "data": disk.data,
+        "dirty": disk.dirty,
+        "bitmap": disk.bitmap,
+        "bitmap_reason": disk.bitmap_reason,
+        "nbd_bytes": disk.nbd_bytes,
+        "nbd_requests": disk.nbd_requests,
+        "read_bytes": disk.read_bytes,
+        "read_errors": disk.read_errors,
+        "punched": disk.punched,
+        "trimmed": disk.trimmed,
+        "fleecing_used": disk.fleecing_used(),
+    }

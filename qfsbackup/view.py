@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The tree that a mount shows: a snapshot and its disks, with the times of a target's chain if there is one."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from qfsbackup.chain import Chain
+from qfsbackup.errors import FsError, UserError
+from qfsbackup.fs.frozen import FrozenDisk
+from qfsbackup.fs.grid import Grid, plan
+from qfsbackup.fs.tree import Look, ShownDisk, Tree, build_tree, describe, iso_time
+from qfsbackup.model import Disk, Snapshot
+from qfsbackup.options import Options
+from qfsbackup.ranges import RangeSet
+from qfsbackup.state.database import SECOND
+from qfsbackup.state.store import EARLIER
+from qfsbackup.status import Status
+
+log = logging.getLogger(__name__)
+
+
+async def make_tree(
+    snapshot: Snapshot, disks: Sequence[Disk], chain: Chain | None, options: Options, status: Status
+) -> Tree:
+    """Build it, and give back what `access=dirty` leaves out. Raises UserError."""
+    _note(status, snapshot, chain, options)
+    time = chain.begin(snapshot) if chain else snapshot.instant
+    if chain:
+        dirty = chain.dirty(snapshot, disks)
+        grids = chain.grids(snapshot, time, dirty)
+    else:
+        dirty = {export.disk: disk.dirty for export, disk in zip(snapshot.exports, disks, strict=True)}
+        grids = {one.disk: plan(one.size, RangeSet(), time, chunk=options.chunk) for one in snapshot.exports}
+    for name, changed in dirty.items():
+        status.disks[name].dirty = changed.total()
+    for export, disk in zip(snapshot.exports, disks, strict=True):
+        if export.bitmap == "reuse":
+            disk.keep_to(RangeSet([(0, disk.size)]) - grids[export.disk].other_than(time))
+    shown = _shown(snapshot, disks, chain, dirty, grids, status)
+    images = options.access == "full"
+    if not images:
+        await _leave_out_clean(shown, grids)
+    look = Look(
+        time=time,
+        newest=time + EARLIER * SECOND if chain else snapshot.instant,
+        number=chain.store.vm_number() if chain else None,
+        images=images,
+        release=options.discard == "release",
+        commit=partial(_commit, chain, snapshot, disks, status) if chain else None,
+    )
+    return build_tree(snapshot, shown, status, describe(snapshot, grids, images=images), look)
+
+
+def _shown(
+    snapshot: Snapshot,
+    disks: Sequence[Disk],
+    chain: Chain | None,
+    dirty: Mapping[str, RangeSet],
+    grids: Mapping[str, Grid],
+    status: Status,
+) -> list[ShownDisk]:
+    return [
+        ShownDisk(
+            name=export.disk,
+            number=chain.store.disk_number(export.disk) if chain else place,
+            frozen=FrozenDisk(disk, status, status.disks[export.disk], dirty[export.disk]),
+            grid=grids[export.disk],
+        )
+        for place, (export, disk) in enumerate(zip(snapshot.exports, disks, strict=True))
+    ]
+
+
+async def _leave_out_clean(shown: Sequence[ShownDisk], grids: Mapping[str, Grid]) -> None:
+    """Give every chunk back that is not dirty: guest writes there then cost no copying."""
+    for disk in shown:
+        wanted = disk.frozen.dirty.aligned_outward(grids[disk.name].chunk, disk.frozen.size)
+        for start, end in RangeSet([(0, disk.frozen.size)]) - wanted:
+            await disk.frozen.release(start, end)
+
+
+async def _commit(chain: Chain, snapshot: Snapshot, disks: Sequence[Disk], status: Status) -> None:
+    """What writing to the control file does."""
+    try:
+        await chain.commit(snapshot, disks, status)
+    except UserError as error:
+        log.warning("%s", error.what)
+        status.facts["commit_error"] = error.what
+        raise FsError(errno.EIO, error.what) from error
+    status.facts["committed"] = True
+
+
+def _note(status: Status, snapshot: Snapshot, chain: Chain | None, options: Options) -> None:
+    """What the live status repeats of the snapshot."""
+    status.fleecing_limit = options.fleece_limit
+    status.facts |= {
+        "vm": snapshot.vm,
+        "instant": iso_time(snapshot.instant),
+        "frozen": snapshot.frozen,
+        "pause_ms": snapshot.pause_ms,
+        "target": options.target,
+        "generation": chain.generation if chain else None,
+        "committed": False,
+        "commit_error": None,
+    }
+    for export in snapshot.exports:
+        status.disks[export.disk].bitmap = export.bitmap
+        status.disks[export.disk].bitmap_reason = export.bitmap_reason

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Checkpoints in QEMU: dirty bitmaps on the nodes that the guest writes to, two for each target during a backup.
+
+    ---- base records ----------------------------------+------------------------> removed by keep()
+                                 instant: new is added  |---- new records -------> removed by leaving, without keep()
+                                 base copied to the map '--> exported, on a node of ours
+
+Bitmap `qfsbackup-<target>-<generation>` holds every write since that generation's instant, whatever dies meanwhile.
+Which generation counts is for the state store to say; a bitmap of this target that it does not name is a leftover. The
+map is a copy on our own node, because a resize of the guest's disk aborts QEMU while a bitmap of its node is exported.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from qfsbackup.model import CLUSTER, Base, BitmapStatus
+from qfsbackup.vm.graph import Disk, Node, look_at_nodes
+from qfsbackup.vm.node import undoing
+from qfsbackup.vm.owner import PREFIX
+from qfsbackup.vm.qmp import Qmp, QmpRefusedError
+
+log = logging.getLogger(__name__)
+
+MAP = f"{PREFIX}map"
+GRANULARITY = CLUSTER  # bytes; finer ones cost memory and save nothing, for copy-before-write has this unit too
+GENERATION = r"[0-9a-f]{16}"
+PERSISTENT = frozenset(["qcow2"])  # raw: "Can't store persistent bitmaps" (QEMU 7.2, 10.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a disk's next backup starts from, and what its new bitmap is called."""
+
+    new: str
+    base: str | None  # the bitmap to copy into the map; None: everything is dirty
+    status: BitmapStatus
+    reason: str
+
+
+@dataclass(slots=True)
+class Kept:
+    """Whether the new bitmaps stay."""
+
+    kept: bool = field(default=False)
+
+
+def bitmap_name(target: str, generation: str) -> str:
+    """The name that the bitmap of a generation has on each disk."""
+    return f"{PREFIX}{target}-{generation}"
+
+
+def plan(disk: Disk, target: str, generation: str, base: Base | None) -> Checkpoint:
+    """How the disk's backup starts from `base`, which the state store knows; None where it knows nothing."""
+    new = bitmap_name(target, generation)
+    if base is None:
+        return Checkpoint(new, None, "new", "no backup of this disk was committed to the target yet")
+    name = bitmap_name(target, base.generation)
+    problem = unusable(find(disk.format, name))
+    if problem:
+        return Checkpoint(new, None, "invalid", f"the bitmap {name} {problem}")
+    return Checkpoint(new, name, "reuse", "")
+
+
+def find(node: Node, name: str) -> Mapping[str, Any] | None:
+    """What query-named-block-nodes says of the node's bitmap of that name."""
+    return next((bitmap for bitmap in node.bitmaps if bitmap.get("name") == name), None)
+
+
+def unusable(bitmap: Mapping[str, Any] | None) -> str:
+    """Why it does not hold every write since its generation; empty where it does."""
+    if bitmap is None:
+        return "is not there: QEMU was restarted or crashed, or the image was changed"
+    if bitmap.get("inconsistent"):
+        return "was not stored completely: QEMU crashed"
+    if not bitmap.get("recording"):
+        return "was disabled by somebody"
+    if bitmap.get("busy"):  # it can then not even be copied (QEMU 7.2)
+        return "is in use by another backup or export"
+    if bitmap["granularity"] != GRANULARITY:
+        return f"has granularity {bitmap['granularity']}, not {GRANULARITY}"
+    return ""
+
+
+def of_target(nodes: Collection[Node], target: str) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Every bitmap of a target: node, generation, what QEMU says of it."""
+    pattern = re.compile(f"{re.escape(PREFIX + target)}-({GENERATION})")
+    return [
+        (node.name, match[1], bitmap)
+        for node in nodes
+        for bitmap in node.bitmaps
+        if (match := pattern.fullmatch(bitmap.get("name", "")))
+    ]
+
+
+async def remove_leftovers(qmp: Qmp, target: str, committed: Collection[str]) -> list[str]:
+    """Remove the target's bitmaps of generations that are not in `committed`; returns what was removed.
+
+    Inconsistent ones go too: nothing else works with them, and while they are there the disk cannot be resized.
+    """
+    removed = []
+    for node, generation, bitmap in of_target((await look_at_nodes(qmp)).values(), target):
+        if generation not in committed or bitmap.get("inconsistent"):
+            await qmp.execute("block-dirty-bitmap-remove", {"node": node, "name": bitmap["name"]})
+            removed.append(f"removed the bitmap {bitmap['name']} of {node}")
+    return removed
+
+
+@asynccontextmanager
+async def recording(qmp: Qmp, checkpoints: Sequence[tuple[Disk, Checkpoint]]) -> AsyncIterator[Kept]:
+    """The new bitmaps, from now on; at the end they go, unless the yielded object says that they stay."""
+    state = Kept()
+    if not checkpoints:
+        yield state
+        return
+    actions = [
+        {
+            "type": "block-dirty-bitmap-add",
+            "data": {
+                "node": disk.format.name,
+                "name": checkpoint.new,
+                "granularity": GRANULARITY,
+                "persistent": disk.format.driver in PERSISTENT,
+            },
+        }
+        for disk, checkpoint in checkpoints
+    ]
+    try:
+        await qmp.execute("transaction", {"actions": actions})
+        yield state
+    finally:
+        if not state.kept:
+            await _remove(qmp, [(disk.format.name, checkpoint.new) for disk, checkpoint in checkpoints])
+
+
+async def copy_maps(qmp: Qmp, maps: Sequence[tuple[str, Disk, Checkpoint]]) -> None:
+    """Copy each base into a bitmap of the node named first, in one transaction. Raises QmpError."""
+    actions: list[Mapping[str, object]] = []
+    for node, disk, checkpoint in maps:
+        new = {"node": node, "name": MAP, "granularity": GRANULARITY, "disabled": True}
+        source = {"node": disk.format.name, "name": checkpoint.base}
+        actions.append({"type": "block-dirty-bitmap-add", "data": new})
+        actions.append({"type": "block-dirty-bitmap-merge", "data": {"node": node, "target": MAP, "bitmaps": [source]}})
+    if actions:
+        await qmp.execute("transaction", {"actions": actions})
+
+
+async def keep(qmp: Qmp, state: Kept, checkpoints: Sequence[tuple[Disk, Checkpoint]]) -> None:
+    """The new bitmaps stay, the bases go. The state store must name the new generation already."""
+    state.kept = True
+    await _remove(qmp, [(disk.format.name, point.base) for disk, point in checkpoints if point.base])
+
+
+async def _remove(qmp: Qmp, bitmaps: Sequence[tuple[str, str]]) -> None:
+    for node, name in bitmaps:
+        with undoing(f"remove the bitmap {name} of {node}"):
+            try:
+                await qmp.execute("block-dirty-bitmap-remove", {"node": node, "name": name})
+            except QmpRefusedError:
+                found = (await look_at_nodes(qmp)).get(node)
+                if found is not None and find(found, name):
+                    raise

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Undo what a dead mount left in a VM, by looking into the VM itself: everything of ours begins with `qfsbackup-`.
+
+Safe to repeat, and where there is nothing. What is not ours is not touched: the guest is let run on and thawed, and the
+NBD server stopped, only where our marks show that we were at work.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from qfsbackup.errors import UserError
+from qfsbackup.vm.agent import AgentError
+from qfsbackup.vm.fleecing import remove_fdsets
+from qfsbackup.vm.freeze import thaw_leftover
+from qfsbackup.vm.graph import look_at_nodes
+from qfsbackup.vm.node import remove_node, take_out
+from qfsbackup.vm.owner import OWNER, PREFIX, STOPPED, living_owner, resume
+from qfsbackup.vm.qmp import Qmp
+from qfsbackup.vm.server import stop_server
+from qfsbackup.vm.snapshot import ACCESS, FILTER, FLEECING
+
+log = logging.getLogger(__name__)
+
+# What stands on others goes first; the owner's mark goes last, so that an interrupted clean-up can be repeated.
+ORDER = (ACCESS, FILTER, FLEECING, OWNER)
+
+
+async def cleanup(qmp: Qmp, agent: Path | None = None) -> list[str]:
+    """Undo a dead mount's leftovers; returns what was undone. `agent` is the guest agent's socket, if there is one.
+
+    Raises UserError where the mount is alive or something cannot be undone, QmpError where QEMU cannot be asked.
+    """
+    ours = await _ours(qmp)
+    owner = living_owner(ours)
+    if owner is not None:
+        raise UserError(
+            f"another qfsbackup (process {owner}) has a snapshot of this VM", "Unmount it first, or wait for its end."
+        )
+    await remove_fdsets(qmp)
+    if not ours:
+        return []
+    done = await _free_guest(qmp, ours, agent)
+    await stop_server(qmp)
+    await _remove_nodes(qmp, ours)
+    left = await _ours(qmp)
+    if left:
+        raise UserError(
+            f"leftovers of an earlier snapshot cannot be removed from the VM: {', '.join(left)}",
+            "Something else in QEMU uses them (a snapshot taken meanwhile?): end that, then try again.",
+        )
+    return [*done, f"removed {', '.join(ours)}"]
+
+
+async def _ours(qmp: Qmp) -> list[str]:
+    return sorted(name for name in await look_at_nodes(qmp) if name.startswith(PREFIX))
+
+
+async def _free_guest(qmp: Qmp, ours: Sequence[str], agent: Path | None) -> list[str]:
+    """Let a guest that we stopped run on, then thaw it: a stopped guest's agent cannot answer."""
+    done = []
+    if STOPPED in ours:
+        if (await qmp.execute("query-status"))["status"] == "paused":
+            await resume(qmp)
+            done.append("let the guest run on")
+        else:
+            await remove_node(qmp, STOPPED)
+    if agent is not None:
+        try:
+            done += ["thawed the guest's file systems"] if await thaw_leftover(agent) else []
+        except AgentError as error:
+            log.warning("cannot tell whether the guest's file systems are frozen: %s", error)
+    return done
+
+
+async def _remove_nodes(qmp: Qmp, ours: Sequence[str]) -> None:
+    for prefix in ORDER:
+        for name in ours:
+            if name.startswith(prefix):
+                if prefix == FILTER:
+                    await take_out(qmp, name)
+                await remove_node(qmp, name)

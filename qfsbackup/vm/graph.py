@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Look at a VM: its disks, its block nodes and who else is at work on them. Nothing is changed here.
+
+guest device --drive--> root node --file--> ... filters ... --file--> format node --file--> protocol node
+                        (throttle, copy-on-read, ...)                 bitmaps live here
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qfsbackup.vm.names import Place, disk_names, qom_path
+from qfsbackup.vm.qmp import Qmp, QmpRefusedError
+
+# Drivers that pass the guest's bytes through unchanged (`is_filter` in QEMU 10's block/*.c).
+FILTERS = frozenset(
+    [
+        *["blkdebug", "blklogwrites", "blkreplay", "blkverify", "commit_top", "compress", "copy-before-write"],
+        *["copy-on-read", "mirror_top", "preallocate", "throttle"],
+    ]
+)
+NIL_UUID = "00000000-0000-0000-0000-000000000000"  # what QEMU tells where nobody gave one
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A block node. `size` is what its user sees, in bytes; `children` are node names by role (`file`, `backing`)."""
+
+    name: str
+    driver: str
+    size: int
+    read_only: bool
+    filename: str
+    children: Mapping[str, str]
+    bitmaps: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A guest block device. `chain` leads from the root node through filters to the format node; empty: no medium."""
+
+    name: str
+    qdev: str  # absolute QOM path of what has the `drive` property
+    kind: str  # QOM type: virtio-blk-device, scsi-hd, ide-cd, cfi.pflash01, ...
+    removable: bool
+    iothread: bool
+    chain: tuple[Node, ...]
+
+    @property
+    def root(self) -> Node:
+        return self.chain[0]
+
+    @property
+    def format(self) -> Node:
+        """The node the guest's data is described by: format, bitmaps."""
+        return self.chain[-1]
+
+    @property
+    def cdrom(self) -> bool:
+        return self.kind.endswith("-cd")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A VM as it was when `look` looked."""
+
+    version: tuple[int, int, int]
+    name: str | None
+    uuid: str | None
+    status: str  # QEMU's run state: running, paused, prelaunch, shutdown, ...
+    migration: str | None  # status of the migration that QEMU remembers, if any
+    disks: tuple[Disk, ...]
+    nodes: Mapping[str, Node]
+    exports: tuple[Mapping[str, Any], ...]
+    jobs: tuple[Mapping[str, Any], ...]
+
+
+async def look(qmp: Qmp) -> Machine:
+    """The facts about a VM. Raises QmpError."""
+    version = (await qmp.execute("query-version"))["qemu"]
+    uuid = (await qmp.execute("query-uuid"))["UUID"]
+    nodes = await look_at_nodes(qmp)
+    return Machine(
+        version=(version["major"], version["minor"], version["micro"]),
+        name=(await qmp.execute("query-name")).get("name"),
+        uuid=None if uuid == NIL_UUID else uuid,
+        status=(await qmp.execute("query-status"))["status"],
+        migration=(await qmp.execute("query-migrate")).get("status"),
+        disks=await _disks(qmp, nodes),
+        nodes=nodes,
+        exports=tuple(await qmp.execute("query-block-exports")),
+        jobs=tuple(await qmp.execute("query-block-jobs")),
+    )
+
+
+async def look_at_nodes(qmp: Qmp) -> Mapping[str, Node]:
+    """All block nodes by name. Raises QmpError."""
+    children = await _children(qmp)
+    return {
+        node["node-name"]: Node(
+            name=node["node-name"],
+            driver=node["drv"],
+            size=node["image"]["virtual-size"],
+            read_only=node["ro"],
+            filename=node["file"],
+            children=children.get(node["node-name"], {}),
+            bitmaps=tuple(node.get("dirty-bitmaps", ())),
+        )
+        for node in await qmp.execute("query-named-block-nodes", {"flat": True})
+    }
+
+
+async def _children(qmp: Qmp) -> Mapping[str, Mapping[str, str]]:
+    """Who stands on whom; no other query tells it. Seen in QEMU 7.2 and 10.0; it is marked unstable."""
+    graph = await qmp.execute("x-debug-query-block-graph")
+    names = {node["id"]: node["name"] for node in graph["nodes"] if node["type"] == "block-driver"}
+    children: dict[str, dict[str, str]] = {}
+    for edge in graph["edges"]:
+        if edge["parent"] in names:
+            children.setdefault(names[edge["parent"]], {})[edge["name"]] = names[edge["child"]]
+    return children
+
+
+async def devices(qmp: Qmp) -> list[Mapping[str, Any]]:
+    """The entries of `query-block` that belong to a guest device (a `-drive` without a device has no guest)."""
+    return [block for block in await qmp.execute("query-block") if block.get("qdev")]
+
+
+async def _disks(qmp: Qmp, nodes: Mapping[str, Node]) -> tuple[Disk, ...]:
+    blocks = await devices(qmp)
+    places = [Place(block["qdev"], block["device"], root_name(block)) for block in blocks]
+    return tuple(
+        [
+            await _disk(qmp, name, block, chain(nodes, place.node))
+            for name, place, block in zip(disk_names(places), places, blocks, strict=True)
+        ]
+    )
+
+
+def root_name(block: Mapping[str, Any]) -> str:
+    """The root node of an entry of `query-block`; empty without a medium."""
+    name: str = block.get("inserted", {}).get("node-name", "")
+    return name
+
+
+def chain(nodes: Mapping[str, Node], root: str) -> tuple[Node, ...]:
+    """The node `root` and what is below it, down to the first that is not a filter."""
+    found: list[Node] = []
+    while root in nodes:
+        node = nodes[root]
+        found.append(node)
+        root = filtered_child(node) if node.driver in FILTERS else ""
+    return tuple(found)
+
+
+def filtered_child(node: Node) -> str:
+    """What a filter passes through (`mirror_top` and `commit_top` keep it as their backing child)."""
+    return node.children.get("file") or node.children.get("backing", "")
+
+
+async def _disk(qmp: Qmp, name: str, block: Mapping[str, Any], nodes: Sequence[Node]) -> Disk:
+    path = qom_path(block["qdev"])
+    return Disk(
+        name=name,
+        qdev=path,
+        kind=await _property(qmp, path, "type") or "",
+        removable=block["removable"],
+        iothread=await _in_iothread(qmp, path),
+        chain=tuple(nodes),
+    )
+
+
+async def _in_iothread(qmp: Qmp, path: str) -> bool:
+    """A virtio-blk device has an iothread itself, a SCSI disk has its controller's."""
+    bus = await _property(qmp, path, "parent_bus") or ""
+    for owner in (path, bus.rpartition("/")[0]):
+        for name in ("iothread", "iothread-vq-mapping"):
+            if owner and await _property(qmp, owner, name):
+                return True
+    return False
+
+
+async def _property(qmp: Qmp, path: str, name: str) -> Any:
+    """A property of a device, None where it has none of that name."""
+    try:
+        return await qmp.execute("qom-get", {"path": path, "property": name})
+    except QmpRefusedError:
+        return None

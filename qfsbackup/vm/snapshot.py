@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The recipe: one frozen instant of several disks of a running VM, served over NBD for as long as the block lasts.
+
+    guest --> qfsbackup-filter-N --file--> the disk           guest writes copy what they overwrite ...
+                    |    \\--target--> qfsbackup-fleecing-N    ... here first
+                    |
+              qfsbackup-access-N --> NBD export qfsbackup-N    the disk as it was at the instant
+
+All that can fail is made before the guest notices anything. Then, as briefly as possible: freeze the guest's file
+systems (else, with several disks, stop its CPUs), let every device write through its filter, and go on. A filter that
+fails breaks the snapshot, never the guest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from qfsbackup.errors import UserError
+from qfsbackup.model import CLUSTER
+from qfsbackup.vm.bitmaps import MAP, Checkpoint, Kept, copy_maps, keep, recording
+from qfsbackup.vm.fleecing import FleecingFile, check_space, fleecing_file
+from qfsbackup.vm.freeze import Freeze, Frozen, frozen
+from qfsbackup.vm.graph import Disk, Machine
+from qfsbackup.vm.node import inserted, node, remove_node
+from qfsbackup.vm.owner import PREFIX, STOPPED, add_mark, mark, owner_name, resume
+from qfsbackup.vm.qmp import Qmp
+from qfsbackup.vm.server import listening_socket, nbd_server
+
+FLEECING, FILTER, ACCESS = f"{PREFIX}fleecing-", f"{PREFIX}filter-", f"{PREFIX}access-"  # + the disk's number
+# Before QEMU 8.0 a request that begins in an overwritten cluster and ends in one that is not is answered with what the
+# guest has written since (hbitmap_status, fixed by a4d5224c2c and never in 7.2's stable releases; seen with 7.2.22).
+REQUEST_UNIT_BEFORE = (8, 0, 0)
+# Block status through snapshot-access aborts QEMU (assertion on RECURSE and ZERO in block/io.c): from .. fixed in.
+ALLOCATION_ABORTS = (((7, 1, 0), (7, 2, 9)), ((8, 0, 0), (8, 1, 5)), ((8, 2, 0), (8, 2, 1)))
+CBW_TIMEOUT = 45  # seconds a guest write may wait for the fleecing file; virtio-win resets a disk after 60
+CBW_TIMEOUT_32_BIT = 4  # before QEMU 9.1 nanoseconds were kept in 32 bits
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One disk of the snapshot: its NBD export's name, and its fleecing file where the guest can write to it."""
+
+    disk: Disk
+    export: str
+    fleecing: FleecingFile | None
+    checkpoint: Checkpoint | None  # None where no target was named, and for a read-only disk
+    request_unit: int | None  # bytes; a request must not cross a multiple of it, or its answer may be wrong
+    allocation: bool  # may block status be asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A snapshot. `instant` is in nanoseconds since the epoch; every write before it is in the snapshot."""
+
+    instant: int
+    frozen: bool  # from before the instant until behind it
+    pause_ms: float  # how long the guest's CPUs were stopped
+    served: tuple[Served, ...]
+    keep: Callable[[], Awaitable[None]]  # the new bitmaps stay, the bases go
+
+
+@asynccontextmanager
+async def take(
+    qmp: Qmp,
+    machine: Machine,
+    disks: Sequence[Disk],
+    *,
+    checkpoints: Mapping[str, Checkpoint],
+    fleece: Path,
+    socket_path: Path,
+    freeze: Freeze,
+) -> AsyncIterator[Taken]:
+    """Take a snapshot of `disks` and serve it on the unix socket `socket_path`; undo all of it at the end.
+
+    `checkpoints`, by the disk's name, are started at the instant. Raises UserError and QmpError; the VM is then as it
+    was.
+    """
+    writable = {number: disk for number, disk in enumerate(disks) if not disk.root.read_only}
+    check_space(fleece, len(writable))
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(mark(qmp, owner_name()))
+        listener = stack.enter_context(listening_socket(socket_path))
+        files = {}
+        for number, disk in writable.items():
+            file = fleecing_file(qmp, fleece, f"{FLEECING}{number}", disk.root.size)
+            files[number] = await stack.enter_async_context(file)
+            await stack.enter_async_context(node(qmp, _filter(machine, number, disk)))
+        moment = await _instant(qmp, writable, checkpoints, freeze, stack)
+        for number in writable:
+            await stack.enter_async_context(node(qmp, _access(number)))
+        await stack.enter_async_context(nbd_server(qmp, listener))
+        for number, disk in enumerate(disks):
+            await qmp.execute("block-export-add", _export(number, disk, checkpoints.get(disk.name)))
+        served = tuple(
+            _served(machine, number, disk, files.get(number), checkpoints.get(disk.name))
+            for number, disk in enumerate(disks)
+        )
+        keeping = partial(keep, qmp, moment.kept, [(one.disk, one.checkpoint) for one in served if one.checkpoint])
+        yield Taken(moment.instant, moment.held, moment.pause_ms, served, keeping)
+
+
+def _served(
+    machine: Machine, number: int, disk: Disk, file: FleecingFile | None, checkpoint: Checkpoint | None
+) -> Served:
+    unit = CLUSTER if machine.version < REQUEST_UNIT_BEFORE else None
+    aborts = any(first <= machine.version < fixed for first, fixed in ALLOCATION_ABORTS)
+    return Served(disk, f"{PREFIX}{number}", file, checkpoint, unit, not aborts)
+
+
+@dataclass(slots=True)
+class _Moment:
+    instant: int = 0
+    pause_ms: float = 0.0
+    held: bool = False
+    kept: Kept = field(default_factory=Kept)
+
+
+async def _instant(
+    qmp: Qmp,
+    writable: Mapping[int, Disk],
+    checkpoints: Mapping[str, Checkpoint],
+    freeze: Freeze,
+    stack: AsyncExitStack,
+) -> _Moment:
+    """The moment itself. What it pushes on `stack` takes the filters out of the guest's way again.
+
+    The new bitmaps record from before the filters copy, the maps are copied after: without a pause in between, both say
+    too much rather than too little.
+    """
+    moment = _Moment()
+    started = [(disk, checkpoints[disk.name]) for disk in writable.values() if disk.name in checkpoints]
+    maps = [(f"{FLEECING}{number}", disk, checkpoints.get(disk.name)) for number, disk in writable.items()]
+    async with frozen(freeze, running=await _running(qmp)) as state, AsyncExitStack() as pause:
+        if not state.frozen and len(writable) > 1 and await _running(qmp):
+            await pause.enter_async_context(_stopped(qmp, moment))
+        moment.instant = time.time_ns()
+        with _deadline(state):
+            moment.kept = await stack.enter_async_context(recording(qmp, started))
+            for number, disk in writable.items():
+                await stack.enter_async_context(inserted(qmp, disk, f"{FILTER}{number}"))
+            await copy_maps(qmp, [(target, disk, point) for target, disk, point in maps if point and point.base])
+    moment.held = state.held
+    return moment
+
+
+@contextmanager
+def _deadline(state: Frozen) -> Iterator[None]:
+    try:
+        with trio.fail_at(state.deadline):
+            yield
+    except trio.TooSlowError:
+        raise UserError(
+            "the VM's disks did not come to rest while its file systems were frozen", "Try again when it writes less."
+        ) from None
+
+
+async def _running(qmp: Qmp) -> bool:
+    answer: bool = (await qmp.execute("query-status"))["running"]
+    return answer
+
+
+@asynccontextmanager
+async def _stopped(qmp: Qmp, moment: _Moment) -> AsyncIterator[None]:
+    """Stop the guest's CPUs; a mark tells cleanup that it was us, should we die in between."""
+    try:
+        await add_mark(qmp, STOPPED)
+    except BaseException:
+        await remove_node(qmp, STOPPED)  # the answer may be lost, but nothing was stopped
+        raise
+    start = time.perf_counter()
+    try:
+        await qmp.execute("stop")
+        yield
+    finally:
+        await resume(qmp)
+    moment.pause_ms = (time.perf_counter() - start) * 1000
+
+
+def _filter(machine: Machine, number: int, disk: Disk) -> Mapping[str, object]:
+    return {
+        "driver": "copy-before-write",
+        "node-name": f"{FILTER}{number}",
+        "file": disk.root.name,
+        "target": f"{FLEECING}{number}",
+        "on-cbw-error": "break-snapshot",
+        "cbw-timeout": CBW_TIMEOUT if machine.version >= (9, 1, 0) else CBW_TIMEOUT_32_BIT,
+        "discard": "unmap",  # or the guest's trims would be dropped
+    }
+
+
+def _access(number: int) -> Mapping[str, object]:
+    return {
+        "driver": "snapshot-access",
+        "node-name": f"{ACCESS}{number}",
+        "file": f"{FILTER}{number}",
+        "discard": "unmap",  # or a trim over NBD would do nothing
+    }
+
+
+def _export(number: int, disk: Disk, checkpoint: Checkpoint | None) -> Mapping[str, object]:
+    """Writable where there is something to trim (writing itself is refused by snapshot-access)."""
+    bitmaps = [{"node": f"{FLEECING}{number}", "name": MAP}] if checkpoint and checkpoint.base else []
+    return {
+        "type": "nbd",
+        "id": f"{PREFIX}{number}",
+        "name": f"{PREFIX}{number}",
+        "node-name": disk.root.name if disk.root.read_only else f"{ACCESS}{number}",
+        "writable": not disk.root.read_only,
+        "bitmaps": bitmaps,
+    }

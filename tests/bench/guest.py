@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The rows of the guest: how long its writes take while nobody reads its disk, and during a full backup."""
+
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from tests.harness.disk import Disk
+from tests.harness.mount import Mount, aside, mounted
+from tests.harness.qemu import selected
+from tests.harness.shell import Writes, writing
+from tests.harness.tasks import background
+from tests.harness.vm import Vm, running_vm
+
+from .measure import Sample
+from .rows import Samples
+from .scale import Scale
+from .stage import make_full
+
+GUEST = ("guest-p99", "guest-max", "guest-rate", "guest-pause")
+ALONE, READ = "no backup", "full backup"
+
+
+async def measure_guest(directory: Path, scale: Scale, samples: Samples) -> None:
+    """A booted guest writes directly to a disk without zeros; each round once alone and once while the disk is read."""
+    disk = Disk("guest", await aside(make_full, directory / "guest.raw", scale.guest), scale.guest)
+    async with running_vm(selected()[0], directory, [disk], guest=True, name="guest") as vm:
+        for _ in range(scale.rounds):
+            _add(samples, ALONE, await _write(vm, scale), scale)
+            async with mounted(vm.qmp, directory / "guest", f"fleece={directory},state={directory}/state") as mount:
+                pause = (await mount.status())["pause_ms"]
+                async with background(partial(_read_for_ever, mount)):
+                    _add(samples, READ, await _write(vm, scale), scale)
+            samples.add("guest-pause", READ, _figure(pause))
+
+
+async def _write(vm: Vm, scale: Scale) -> Writes:
+    async with writing(vm.shell, "/dev/vda") as writes:
+        await trio.sleep(scale.guest_seconds)
+    writes.check()
+    return writes
+
+
+async def _read_for_ever(mount: Mount) -> None:
+    while True:
+        await trio.run_process(["dd", f"if={mount.image('guest')}", "of=/dev/null", "bs=1M", "status=none"])
+
+
+def _add(samples: Samples, name: str, writes: Writes, scale: Scale) -> None:
+    samples.add("guest-p99", name, _figure(writes.p99_us / 1000))
+    samples.add("guest-max", name, _figure(writes.max_us / 1000))
+    samples.add("guest-rate", name, _figure(writes.writes / scale.guest_seconds))
+
+
+def _figure(value: float) -> Sample:
+    return Sample(value, 0, 0, 0, 0, 0)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Fixtures shared by all tests. A test that takes `qemu` runs once with every QEMU that QEMU (the variable) selects."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness.disk import MIB, Disk
+from tests.harness.qemu import Qemu, selected
+from tests.harness.vm import Vm, running_vm
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make known the marks of the test bed."""
+    config.addinivalue_line("markers", "one_qemu: not about QEMU's behaviour, so the newest one selected is enough")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Fixture `qemu`: one build of QEMU."""
+    if "qemu" in metafunc.fixturenames:
+        one = metafunc.definition.get_closest_marker("one_qemu") is not None
+        metafunc.parametrize("qemu", selected()[-1:] if one else selected(), ids=str)
+
+
+@pytest.fixture
+async def paused_vm(qemu: Qemu, tmp_path: Path) -> AsyncIterator[Vm]:
+    """A VM whose CPUs never run, with a raw disk `vda` and a qcow2 disk `vdb` of 16 MiB, both empty."""
+    disks = [Disk("vda", tmp_path / "vda.raw", 16 * MIB), Disk("vdb", tmp_path / "vdb.qcow2", 16 * MIB, format="qcow2")]
+    async with running_vm(qemu, tmp_path, disks) as vm:
+        yield vm
+
+
+@pytest.fixture
+async def guest_vm(qemu: Qemu, tmp_path: Path) -> AsyncIterator[Vm]:
+    """A booted guest with its agent and the same disks as `paused_vm`, of 64 MiB: /dev/vda and /dev/vdb."""
+    disks = [Disk("vda", tmp_path / "vda.raw"), Disk("vdb", tmp_path / "vdb.qcow2", format="qcow2")]
+    async with running_vm(qemu, tmp_path, disks, guest=True, agent=True) as vm:
+        yield vm

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""chunks/: the layout, which times move, and giving back what was read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from array import array
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qfsbackup.errors import FsError
+from qfsbackup.fs.chunks import ChunkedDisk, ChunkFile
+from qfsbackup.fs.grid import MOST, SMALLEST, USUAL, Grid, count, fitting, is_chunk_size, plan
+from qfsbackup.fs.inodes import is_chunk, parts
+from qfsbackup.fs.node import Attributes, Handle
+from qfsbackup.model import CLUSTER
+from qfsbackup.ranges import RangeSet
+from tests.fs.memory import MemoryDisk, frozen
+
+CHUNK = SMALLEST
+SIZE = 5 * CHUNK + 1536
+OLD, NEW = 1_000, 2_000
+NOISE = random.Random(1).randbytes(SIZE)
+
+sizes = st.integers(0, 8 * CHUNK) | st.integers(0, 8).map(lambda number: number * CHUNK)
+offsets = st.integers(0, 8 * CHUNK)
+ranges = st.lists(st.tuples(offsets, offsets).map(lambda pair: (min(pair), max(pair))), max_size=4)
+
+
+def view_of(disk: MemoryDisk, *, release: bool = False) -> ChunkedDisk:
+    return ChunkedDisk(frozen(disk), 7, plan(disk.size, RangeSet(), NEW, None, CHUNK), NEW, release=release)
+
+
+def files(view: ChunkedDisk) -> list[tuple[str, ChunkFile]]:
+    """Every chunk with its path, as a recursive listing finds them."""
+    return [(f"{part}/{name}", file) for part, folder in view.entries(0) for name, file in folder.entries(0)]
+
+
+def opened(view: ChunkedDisk, number: int) -> Handle:
+    file = view.chunk(number)
+    assert file is not None
+    return file.open()
+
+
+async def raises_eio(handle: Handle, offset: int = 0, length: int = 1) -> None:
+    with pytest.raises(FsError) as raised:
+        await handle.read(offset, length)
+    assert raised.value.errno == errno.EIO
+
+
+# ---- which times move ----
+
+
+@given(size=sizes, old_size=sizes, dirty=ranges)
+@settings(deadline=None)
+def test_a_time_moves_where_the_chunk_is_dirty_or_new_or_has_another_size(
+    size: int, old_size: int, dirty: list[tuple[int, int]]
+) -> None:
+    base = Grid(old_size, CHUNK, array("q", range(count(old_size, CHUNK))))
+    changed = RangeSet(dirty)
+    grid = plan(size, changed, NEW, base)
+    assert len(grid.times) == count(size, CHUNK)
+    for number, time in enumerate(grid.times):
+        same_span = number < len(base.times) and base.span(number) == grid.span(number)
+        expected = number if same_span and not changed.overlaps(*grid.span(number)) else NEW
+        assert time == expected
+
+
+@given(size=sizes, dirty=ranges)
+@settings(deadline=None)
+def test_what_is_not_this_mounts_is_the_chunks_that_keep_their_times(size: int, dirty: list[tuple[int, int]]) -> None:
+    base = plan(size, RangeSet(), OLD, None, CHUNK)
+    grid = plan(size, RangeSet(dirty), NEW, base)
+    touched = (RangeSet(dirty) & RangeSet([(0, size)])).aligned_outward(CHUNK, size)
+    assert grid.other_than(NEW) == RangeSet([(0, size)]) - touched
+
+
+def test_without_a_base_all_times_are_the_mounts() -> None:
+    assert set(plan(SIZE, RangeSet(), NEW, None, CHUNK).times) == {NEW}
+
+
+def test_the_chunk_size_stays_until_another_is_asked_for_and_then_all_times_move() -> None:
+    base = plan(SIZE, RangeSet(), OLD, None, CHUNK)
+    assert plan(SIZE, RangeSet(), NEW, base) == base
+    assert plan(SIZE, RangeSet(), NEW, base, CHUNK) == base
+    assert plan(SIZE, RangeSet(), NEW, base, 2 * CHUNK) == plan(SIZE, RangeSet(), NEW, None, 2 * CHUNK)
+
+
+def test_planning_leaves_the_base_alone() -> None:
+    base = plan(SIZE, RangeSet(), OLD, None, CHUNK)
+    plan(SIZE, RangeSet([(0, SIZE)]), NEW, base)
+    assert set(base.times) == {OLD}
+
+
+def test_a_base_with_a_wrong_number_of_times_is_no_base() -> None:
+    assert set(plan(SIZE, RangeSet(), NEW, Grid(SIZE, CHUNK, array("q", [OLD]))).times) == {NEW}
+
+
+# ---- the size of the chunks ----
+
+
+@given(size=st.integers(0, 1 << 50), chunk=st.integers(16, 30).map(lambda bits: 1 << bits))
+@settings(deadline=None)
+def test_chunks_are_doubled_only_until_they_are_few_enough(size: int, chunk: int) -> None:
+    fit = fitting(size, chunk)
+    assert count(size, fit) <= MOST
+    assert fit == chunk or count(size, fit // 2) > MOST
+    assert is_chunk_size(fit)
+
+
+def test_chunks_usually_have_four_mebibytes_and_a_disk_that_outgrows_its_chunks_gets_new_ones() -> None:
+    assert plan(1 << 30, RangeSet(), NEW).chunk == USUAL
+    base = plan(MOST * CHUNK, RangeSet(), OLD, None, CHUNK)
+    grown = plan(MOST * CHUNK + 1, RangeSet(), NEW, base)
+    assert grown.chunk == 2 * CHUNK
+    assert set(grown.times) == {NEW}
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, CHUNK - 1, CHUNK + 1, 3 * CHUNK, 2 << 40])
+def test_a_chunk_size_is_a_power_of_two_in_bounds(size: int) -> None:
+    assert not is_chunk_size(size)
+
+
+# ---- the layout ----
+
+
+@pytest.mark.parametrize("number", [0, 1, 255, 256, 257, 1000, MOST])
+def test_names_are_in_the_order_of_the_disk_and_folders_are_small(number: int) -> None:
+    content = MemoryDisk(b"")
+    view = ChunkedDisk(frozen(content), 7, Grid(number * CHUNK, CHUNK, array("q", [NEW]) * number), NEW)
+    found = files(view)
+    assert len(found) == number
+    assert [path for path, _ in found] == sorted(path for path, _ in found)
+    folders = list(view.entries(0))
+    assert max([len(folders), *(len(list(folder.entries(0))) for _, folder in folders)]) <= 256
+    inodes = [file.attributes().inode for _, file in found]
+    assert [parts(inode)[0::2] for inode in inodes] == [(7, position) for position in range(number)]
+    assert all(map(is_chunk, inodes))
+    others = {view.attributes().inode, *(folder.attributes().inode for _, folder in folders)}
+    assert len(others) == len(folders) + 1
+    assert not any(map(is_chunk, others))
+
+
+def test_a_chunk_keeps_its_name_and_inode_when_the_disk_grows() -> None:
+    small, large = (
+        ChunkedDisk(frozen(MemoryDisk(b"")), 7, Grid(number * CHUNK, CHUNK, array("q", [NEW]) * number), NEW)
+        for number in (300, 40_000)
+    )
+    before = [(path, file.attributes().inode) for path, file in files(small)]
+    assert [(path, file.attributes().inode) for path, file in files(large)][:300] == before
+
+
+def test_entries_start_anywhere_and_are_what_lookup_finds() -> None:
+    view = ChunkedDisk(frozen(MemoryDisk(b"")), 7, Grid(600 * CHUNK, CHUNK, array("q", [NEW]) * 600), NEW)
+    assert [name for name, _ in view.entries(1)] == ["001", "002"]
+    part = view.lookup("002")
+    assert part is not None
+    assert [name for name, _ in part.entries(85)] == ["00000597", "00000598", "00000599"]
+    for name, file in part.entries(0):
+        found = part.lookup(name)
+        assert found is not None
+        assert found.attributes() == file.attributes()
+
+
+@pytest.mark.parametrize("name", ["", ".", "3", "003", "0000", "-01", "+01", " 01", "00\u0661", "00²", "\udc80"])
+def test_there_is_no_other_name_for_a_folder(name: str) -> None:
+    assert view_of(MemoryDisk(NOISE)).lookup(name) is None
+
+
+@pytest.mark.parametrize("name", ["", "0", "00000006", "00000256", "0000000", "000000000", "0000000\u0661", "-0000001"])
+def test_there_is_no_other_name_for_a_chunk(name: str) -> None:
+    part = view_of(MemoryDisk(NOISE)).lookup("000")
+    assert part is not None
+    assert part.lookup(name) is None
+
+
+def test_a_folder_is_as_new_as_its_newest_chunk() -> None:
+    times = array("q", [OLD]) * 600
+    times[300] = NEW
+    view = ChunkedDisk(frozen(MemoryDisk(b"")), 7, Grid(600 * CHUNK, CHUNK, times), 5)
+    assert [folder.attributes().time for _, folder in view.entries(0)] == [OLD, NEW, OLD]
+    assert view.attributes().time == NEW
+    assert ChunkedDisk(frozen(MemoryDisk(b"")), 7, Grid(0, CHUNK, array("q")), 5).attributes().time == 5
+
+
+# ---- the content ----
+
+
+@given(data=ranges)
+@settings(deadline=None)
+async def test_the_chunks_in_order_are_the_disk(data: list[tuple[int, int]]) -> None:
+    content = bytearray(SIZE)
+    for start, end in data:
+        content[start:end] = NOISE[start:end]
+    view = view_of(MemoryDisk(bytes(content), RangeSet(data) & RangeSet([(0, SIZE)])))
+    pieces = []
+    for _, file in files(view):
+        attributes = file.attributes()
+        pieces.append(bytes(await file.open().read(0, 10 * CHUNK)))
+        assert attributes.size == len(pieces[-1])
+        assert attributes.blocks >= 1
+    assert b"".join(pieces) == content
+
+
+def test_a_zero_chunk_is_a_file_with_a_hole() -> None:
+    view = view_of(MemoryDisk(bytes(SIZE), RangeSet([(CHUNK, SIZE)])))
+    shown = [file.attributes() for _, file in files(view)]
+    assert shown[0] == Attributes(shown[0].inode, CHUNK, 1, NEW, punchable=True)
+    assert shown[1].blocks == CHUNK // 512
+    with pytest.raises(FsError) as raised:
+        opened(view, 0).seek(0, os.SEEK_DATA)
+    assert raised.value.errno == errno.ENXIO
+    assert opened(view, 1).seek(0, os.SEEK_HOLE) == CHUNK
+
+
+async def test_punching_a_chunk_punches_the_disk_there() -> None:
+    disk = MemoryDisk(NOISE)
+    view = view_of(disk)
+    await opened(view, 2).punch(0, 10 * CHUNK)
+    assert disk.trims == [(2 * CHUNK, 3 * CHUNK)]
+    assert bytes(await opened(view, 2).read(0, CHUNK)) == bytes(CHUNK)
+    assert bytes(await opened(view, 3).read(0, CHUNK)) == NOISE[3 * CHUNK : 4 * CHUNK]
+
+
+# ---- access=dirty ----
+
+
+async def test_clean_chunks_that_were_released_cannot_be_read_and_the_dirty_ones_can() -> None:
+    disk = MemoryDisk(NOISE)
+    shown = frozen(disk)
+    base = plan(SIZE, RangeSet(), OLD, None, CHUNK)
+    grid = plan(SIZE, RangeSet([(CHUNK + 10, CHUNK + 20), (4 * CHUNK, 4 * CHUNK + 1)]), NEW, base)
+    for start, end in grid.other_than(NEW):
+        await shown.release(start, end)
+    view = ChunkedDisk(shown, 7, grid, NEW)
+    for number in (0, 2, 3, 5):
+        await raises_eio(opened(view, number))
+    for number in (1, 4):
+        start, end = grid.span(number)
+        assert bytes(await opened(view, number).read(0, CHUNK)) == NOISE[start:end]
+    assert disk.trimmed == RangeSet([(0, CHUNK), (2 * CHUNK, 4 * CHUNK)]), "whole clusters only"
+    assert [file.attributes().time for _, file in files(view)] == [OLD, NEW, OLD, OLD, NEW, OLD]
+
+
+# ---- discard=release ----
+
+
+async def test_a_chunk_that_was_read_whole_is_given_back_when_it_is_closed() -> None:
+    disk = MemoryDisk(NOISE)
+    view = view_of(disk, release=True)
+    handle = opened(view, 1)
+    await handle.read(CHUNK // 2, CHUNK)
+    await handle.read(0, CHUNK // 2)
+    assert disk.trims == []
+    await handle.close()
+    assert disk.trims == [(CHUNK, 2 * CHUNK)]
+    await raises_eio(opened(view, 1))
+    for number in (0, 2):
+        start, end = view.grid.span(number)
+        assert bytes(await opened(view, number).read(0, CHUNK)) == NOISE[start:end]
+
+
+async def test_a_chunk_that_was_read_in_part_stays() -> None:
+    disk = MemoryDisk(NOISE)
+    view = view_of(disk, release=True)
+    handle = opened(view, 1)
+    await handle.read(0, CHUNK - 1)
+    await handle.close()
+    await opened(view, 1).close()
+    assert disk.trims == []
+    assert bytes(await opened(view, 1).read(0, CHUNK)) == NOISE[CHUNK : 2 * CHUNK]
+
+
+async def test_two_readers_of_a_part_each_have_not_read_the_whole() -> None:
+    disk = MemoryDisk(NOISE)
+    view = view_of(disk, release=True)
+    one, two = opened(view, 1), opened(view, 1)
+    await one.read(0, CHUNK // 2)
+    await two.read(CHUNK // 2, CHUNK // 2)
+    await one.close()
+    await two.close()
+    assert disk.trims == []
+
+
+async def test_a_chunk_stays_as_long_as_somebody_has_it_open() -> None:
+    disk = MemoryDisk(NOISE)
+    view = view_of(disk, release=True)
+    fast, slow = opened(view, 1), opened(view, 1)
+    await fast.read(0, CHUNK)
+    await fast.close()
+    assert bytes(await slow.read(0, CHUNK // 2)) == NOISE[CHUNK : CHUNK + CHUNK // 2]
+    assert disk.trims == []
+    await slow.close()
+    assert disk.trims == [(CHUNK, 2 * CHUNK)]
+    assert view.in_use == {}
+
+
+async def test_what_a_seek_tells_of_holes_counts_as_read() -> None:
+    disk = MemoryDisk(NOISE, RangeSet([(1000, 2000), (CHUNK, SIZE)]))
+    view = view_of(disk, release=True)
+    handle = opened(view, 0)
+    start = handle.seek(0, os.SEEK_DATA)
+    end = handle.seek(start, os.SEEK_HOLE)
+    assert (start, end) == (1000, 2000)
+    with pytest.raises(FsError):
+        handle.seek(end, os.SEEK_DATA)
+    await handle.close()
+    assert disk.trims == [], "the data between the holes was not read"
+    handle = opened(view, 0)
+    handle.seek(0, os.SEEK_DATA)
+    await handle.read(start, end - start)
+    with pytest.raises(FsError):
+        handle.seek(end, os.SEEK_DATA)
+    await handle.close()
+    assert disk.trims == [(0, CHUNK)]
+    await raises_eio(opened(view, 0))
+
+
+async def test_a_read_that_failed_is_no_read() -> None:
+    disk = MemoryDisk(NOISE)
+    disk.trimmed.add(CHUNK, 2 * CHUNK)
+    view = view_of(disk, release=True)
+    handle = opened(view, 1)
+    await raises_eio(handle, 0, CHUNK)
+    await handle.close()
+    assert disk.trims == []
+
+
+async def test_a_disk_that_cannot_trim_keeps_its_chunks() -> None:
+    disk = MemoryDisk(NOISE)
+    disk.can_trim = False
+    view = view_of(disk, release=True)
+    handle = opened(view, 1)
+    await handle.read(0, CHUNK)
+    await handle.close()
+    assert bytes(await opened(view, 1).read(0, CHUNK)) == NOISE[CHUNK : 2 * CHUNK]
+
+
+@given(order=st.permutations(range(6)))
+@settings(deadline=None)
+async def test_what_is_trimmed_in_the_end_is_all_whole_clusters(order: list[int]) -> None:
+    disk = MemoryDisk(NOISE)
+    view = view_of(disk, release=True)
+    for number in order:
+        handle = opened(view, number)
+        await handle.read(0, CHUNK)
+        await handle.close()
+    assert disk.trimmed == RangeSet([(0, SIZE // CLUSTER * CLUSTER)])

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Reading and punching a frozen disk, against a plain byte array."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+
+import pytest
+import trio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qfsbackup.errors import FsError
+from qfsbackup.fs.window import Window
+from qfsbackup.model import CLUSTER
+from qfsbackup.ranges import RangeSet
+from tests.fs.memory import MemoryDisk, frozen
+
+SIZE = 6 * CLUSTER + 1536  # ends in the middle of a cluster
+
+offsets = st.integers(0, SIZE - 1)
+lengths = st.one_of(st.integers(1, 5000), st.integers(1, 3 * CLUSTER), st.just(CLUSTER))
+ranges = st.lists(st.tuples(offsets, lengths).map(lambda pair: (pair[0], min(sum(pair), SIZE))), max_size=5)
+
+
+def make_disk(data: list[tuple[int, int]]) -> tuple[MemoryDisk, bytearray]:
+    content = bytearray(SIZE)
+    noise = random.Random(1).randbytes(SIZE)
+    for start, end in data:
+        content[start:end] = noise[start:end]
+    return MemoryDisk(bytes(content), RangeSet(data)), content
+
+
+@given(data=ranges, steps=st.lists(st.tuples(st.booleans(), offsets, lengths), max_size=12))
+@settings(deadline=None)
+def test_reads_equal_the_disk_with_the_punched_ranges_zero(
+    data: list[tuple[int, int]], steps: list[tuple[bool, int, int]]
+) -> None:
+    disk, model = make_disk(data)
+    window = Window(frozen(disk), 1, 0, 0, SIZE)
+
+    async def play() -> None:
+        for punch, offset, length in steps:
+            if punch:
+                await window.punch(offset, length)
+                end = min(offset + length, SIZE)
+                model[offset:end] = bytes(end - offset)
+            else:
+                assert bytes(await window.read(offset, length)) == model[offset : offset + length]
+        assert bytes(await window.read(0, SIZE)) == model
+
+    trio.run(play)
+    assert all(start % CLUSTER == 0 and end % CLUSTER == 0 for start, end in disk.trims), "QEMU 7.2 aborts on these"
+
+
+@given(punches=st.lists(st.tuples(offsets, lengths), max_size=8))
+@settings(deadline=None)
+def test_what_is_trimmed_is_just_the_whole_clusters_of_all_punches(punches: list[tuple[int, int]]) -> None:
+    disk, _ = make_disk([(0, SIZE)])
+    view = frozen(disk)
+
+    async def play() -> None:
+        for offset, length in punches:
+            await view.punch(offset, length)
+
+    trio.run(play)
+    punched = RangeSet((offset, min(offset + length, SIZE)) for offset, length in punches)
+    assert disk.trimmed == punched.aligned_inward(CLUSTER)
+
+
+@given(data=ranges, offset=offsets)
+@settings(deadline=None)
+def test_seek_finds_the_next_data_and_the_next_hole(data: list[tuple[int, int]], offset: int) -> None:
+    disk, _ = make_disk(data)
+    window = Window(frozen(disk), 1, 0, 0, SIZE)
+    inside = [position in disk.data for position in range(offset, SIZE)]
+    assert window.seek(offset, os.SEEK_HOLE) == offset + (inside.index(False) if False in inside else len(inside))
+    if True in inside:
+        assert window.seek(offset, os.SEEK_DATA) == offset + inside.index(True)
+    else:
+        with pytest.raises(FsError) as raised:
+            window.seek(offset, os.SEEK_DATA)
+        assert raised.value.errno == errno.ENXIO
+
+
+@pytest.mark.parametrize("whence", [os.SEEK_DATA, os.SEEK_HOLE])
+def test_seek_at_the_end_is_enxio(whence: int) -> None:
+    disk, _ = make_disk([(0, SIZE)])
+    with pytest.raises(FsError) as raised:
+        Window(frozen(disk), 1, 0, 0, SIZE).seek(SIZE, whence)
+    assert raised.value.errno == errno.ENXIO
+
+
+async def test_a_window_ends_where_it_ends_and_not_where_the_disk_does() -> None:
+    disk, model = make_disk([(0, SIZE)])
+    window = Window(frozen(disk), 1, 0, 1000, 5000)
+    assert window.attributes().size == 4000
+    assert bytes(await window.read(3990, 100)) == model[4990:5000]
+    assert await window.read(4000, 1) == b""
+    assert window.seek(10, os.SEEK_HOLE) == 4000
+    await window.punch(3000, 1 << 30)
+    assert window.seek(0, os.SEEK_HOLE) == 3000
+    assert disk.content[5000:5010] == bytes(await Window(frozen(disk), 1, 0, 0, SIZE).read(5000, 10))
+
+
+async def test_a_broken_snapshot_fails_every_read_zeros_and_holes_too() -> None:
+    disk, _ = make_disk([])
+    view = frozen(disk)
+    assert bytes(await view.read(0, 10)) == bytes(10)
+    view._status.mark_broken("as a test")
+    with pytest.raises(FsError) as raised:
+        await view.read(0, 10)
+    assert raised.value.errno == errno.EIO
+    assert view._figures.read_errors == 1
+
+
+async def test_a_disk_that_cannot_trim_cannot_be_punched_and_keeps_its_bytes() -> None:
+    disk, model = make_disk([(0, SIZE)])
+    disk.can_trim = False
+    view = frozen(disk)
+    with pytest.raises(FsError) as raised:
+        await view.punch(0, CLUSTER)
+    assert raised.value.errno == errno.EOPNOTSUPP
+    assert bytes(await view.read(0, CLUSTER)) == model[:CLUSTER]
+
+
+async def test_an_error_in_one_piece_of_a_read_is_the_errors_own_and_leaves_others_readable() -> None:
+    disk, model = make_disk([(0, CLUSTER), (2 * CLUSTER, SIZE)])
+    disk.trimmed.add(3 * CLUSTER, 4 * CLUSTER)
+    view = frozen(disk)
+    with pytest.raises(FsError):
+        await view.read(0, SIZE)
+    assert bytes(await view.read(0, 3 * CLUSTER)) == model[: 3 * CLUSTER]
+
+
+def test_st_blocks_is_never_zero_for_a_file_that_is_not_empty() -> None:
+    disk, _ = make_disk([])
+    assert Window(frozen(disk), 1, 0, 0, SIZE).attributes().blocks == 1
+    assert Window(frozen(MemoryDisk(b"")), 1, 0, 0, 0).attributes().blocks == 0

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The live figures: what is remembered of figures that go down again, and that a broken snapshot stays broken."""
+
+from functools import partial
+
+from qfsbackup.status import DiskStatus, Status
+
+
+def test_the_peak_of_the_fleecing_files_is_over_all_disks_at_once() -> None:
+    held = {"vda": 10, "vdb": 0}
+    status = Status(disks={name: DiskStatus(100, fleecing_used=partial(held.__getitem__, name)) for name in held})
+    seen = []
+    for held["vda"], held["vdb"] in ((10, 0), (6, 7), (0, 11), (0, 0)):
+        fleecing = status.as_dict()["fleecing"]
+        assert isinstance(fleecing, dict)
+        seen.append((fleecing["used"], fleecing["peak"]))
+    assert seen == [(10, 10), (13, 13), (11, 13), (0, 13)]
+
+
+def test_the_first_reason_why_a_snapshot_broke_stays() -> None:
+    status = Status()
+    status.mark_broken("first")
+    status.mark_broken("second")
+    assert (status.as_dict()["state"], status.as_dict()["broken"]) == ("broken", "first")

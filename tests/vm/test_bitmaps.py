@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Checkpoints as QEMU keeps them: what is added at the instant, what the map says, what stays and what goes."""
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import trio
+
+from qfsbackup.model import Base, CheckpointRequest, Export, Snapshot
+from qfsbackup.sources.qemu import QemuSource
+from qfsbackup.vm.bitmaps import GRANULARITY, Checkpoint, bitmap_name, of_target, plan, unusable
+from qfsbackup.vm.graph import Disk as GraphDisk
+from qfsbackup.vm.graph import Node
+from tests.harness.disk import MIB, Disk
+from tests.harness.qemu import Qemu
+from tests.harness.qmp_proxy import running_proxy
+from tests.harness.vm import Vm, running_vm
+from tests.vm.support import copied, guest_io, held, make_source
+
+OLD, NEW, OTHER = "0" * 15 + "a", "0" * 15 + "b", "0" * 15 + "c"
+SIZE = 16 * MIB
+GOOD: dict[str, Any] = {
+    "name": bitmap_name("nas", OLD),
+    "recording": True,
+    "busy": False,
+    "persistent": True,
+    "granularity": GRANULARITY,
+    "count": 0,
+}
+
+# ---- what a bitmap is worth ----
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"count": SIZE}, ""),
+        ({"persistent": False}, ""),
+        ({"inconsistent": False}, ""),
+        ({"inconsistent": True}, "not stored completely"),
+        ({"inconsistent": True, "recording": False, "busy": True}, "not stored completely"),
+        ({"recording": False}, "disabled"),
+        ({"busy": True}, "in use"),
+        ({"granularity": GRANULARITY // 2}, "has granularity 32768, not 65536"),
+        ({"granularity": GRANULARITY * 2}, "has granularity 131072, not 65536"),
+        (None, "is not there"),
+    ],
+    ids=str,
+)
+def test_a_bitmap_is_a_base_only_if_it_holds_every_write(change: dict[str, Any] | None, reason: str) -> None:
+    bitmap = None if change is None else GOOD | change
+    said = unusable(bitmap)
+    assert reason in said
+    assert bool(reason) == bool(said)
+    point = plan(_disk(bitmap), "nas", NEW, Base(OLD, SIZE))
+    name = bitmap_name("nas", OLD)
+    if reason:
+        assert point == Checkpoint(bitmap_name("nas", NEW), None, "invalid", f"the bitmap {name} {said}")
+    else:
+        assert point == Checkpoint(bitmap_name("nas", NEW), name, "reuse", "")
+
+
+def test_without_a_committed_base_a_bitmap_that_is_there_means_nothing() -> None:
+    point = plan(_disk(GOOD), "nas", NEW, None)
+    assert (point.base, point.status) == (None, "new")
+
+
+def test_a_target_has_no_claim_on_bitmaps_that_only_look_like_its_own() -> None:
+    names = ["foreign", "nas", f"nas-{OLD}", f"qfsbackup-nas-x-{OLD}", f"qfsbackup-nas-{OTHER}-{OLD}", "qfsbackup-nas-"]
+    names += [f"qfsbackup-nasx{OLD}", f"qfsbackup-nas-{OLD}x", f"qfsbackup-nas-{OLD[1:]}", f"qfsbackup-n.s-{OLD}"]
+    bitmaps = tuple({"name": name} for name in [*names, bitmap_name("nas", OLD)])
+    assert of_target([_node(bitmaps)], "nas") == [("vda-node", OLD, {"name": bitmap_name("nas", OLD)})]
+    assert [generation for _, generation, _ in of_target([_node(({"name": f"qfsbackup-nas-{OLD}"},))], "n.s")] == []
+
+
+def _disk(bitmap: Mapping[str, Any] | None) -> GraphDisk:
+    return GraphDisk("vda", "/machine/vda", "virtio-blk-device", False, False, (_node((bitmap,) if bitmap else ()),))
+
+
+def _node(bitmaps: tuple[Mapping[str, Any], ...]) -> Node:
+    return Node("vda-node", "qcow2", SIZE, False, "/vda.qcow2", {}, bitmaps)
+
+
+# ---- QEMU's own ----
+
+
+def source(
+    vm: Vm, folder: Path, generation: str, base: str | None = None, target: str = "nas", **more: Any
+) -> QemuSource:
+    """A source that starts `generation`, from `base` on all disks if there is one."""
+    bases = {name: Base(base, SIZE) for name in ("vda", "vdb")} if base else {}
+    request = CheckpointRequest(target, generation, lambda _uuid, _name: bases)
+    return make_source(vm, folder, checkpoint=request, **more)
+
+
+async def bitmaps(vm: Vm) -> dict[str, dict[str, Any]]:
+    """What QEMU says of each bitmap on a guest's node, by `DISK NAME`."""
+    nodes = await vm.monitor.execute("query-named-block-nodes", flat=True)
+    return {
+        f"{Path(node['file']).stem} {bitmap['name']}": bitmap
+        for node in nodes
+        if node["drv"] in ("raw", "qcow2")
+        for bitmap in node.get("dirty-bitmaps", ())
+        if "name" in bitmap and not node["node-name"].startswith("qfsbackup-")  # filters have some without a name
+    }
+
+
+async def names(vm: Vm) -> set[str]:
+    return set(await bitmaps(vm))
+
+
+def of(generation: str, target: str = "nas") -> set[str]:
+    """The bitmaps of a generation on both disks."""
+    return {f"{disk} {bitmap_name(target, generation)}" for disk in ("vda", "vdb")}
+
+
+async def dirty(export: Export) -> list[tuple[int, int]]:
+    """Offset and length of the dirty extents that NBD tells."""
+    assert export.dirty_context is not None
+    command = ["nbdinfo", f"--map={export.dirty_context}", "--json", export.uri]
+    done = await trio.run_process(command, capture_stdout=True)
+    return [(extent["offset"], extent["length"]) for extent in json.loads(done.stdout) if extent["type"]]
+
+
+async def committed(vm: Vm, folder: Path, generation: str, base: str | None = None) -> Snapshot:
+    """Take a snapshot and commit it."""
+    async with source(vm, folder, generation, base).snapshot() as snapshot:
+        assert snapshot.keep is not None
+        await snapshot.keep()
+    return snapshot
+
+
+def said(snapshot: Snapshot) -> list[tuple[str, str | None]]:
+    """The bitmaps' status, and what the map is called."""
+    return [(export.bitmap, export.dirty_context) for export in snapshot.exports]
+
+
+FULL = ("new", None)
+INCREMENTAL = ("reuse", "qemu:dirty-bitmap:qfsbackup-map")
+
+
+@contextlib.asynccontextmanager
+async def two_disks(qemu: Qemu, folder: Path, *, legacy: bool = False, name: str = "vm") -> AsyncIterator[Vm]:
+    disks = [Disk("vda", folder / "vda.raw", SIZE, legacy=legacy)]
+    disks += [Disk("vdb", folder / "vdb.qcow2", SIZE, format="qcow2", legacy=legacy)]
+    async with running_vm(qemu, folder, disks, name=name) as vm:
+        yield vm
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["blockdev", "drive"])
+async def test_the_chain_of_two_backups(qemu: Qemu, tmp_path: Path, legacy: bool) -> None:
+    """New bitmaps record from the instant, persistent where the format can keep them; the map is what changed."""
+    async with two_disks(qemu, tmp_path, legacy=legacy) as vm:
+        before = await held(vm)
+        async with source(vm, tmp_path, OLD).snapshot() as snapshot:
+            assert said(snapshot) == [FULL, FULL]
+            await guest_io(vm, "vda", "write -P 1 1M 64k")
+            found = await bitmaps(vm)
+            assert set(found) == of(OLD)
+            assert snapshot.keep is not None
+            await snapshot.keep()
+        for name, bitmap in found.items():
+            assert (bitmap["granularity"], bitmap["recording"]) == (GRANULARITY, True)
+            assert bitmap["persistent"] == name.startswith("vdb")
+            assert bitmap["count"] == (GRANULARITY if name.startswith("vda") else 0)
+        await guest_io(vm, "vda", "write -P 2 2M 1")
+        await guest_io(vm, "vdb", "discard 3M 1M")
+        async with source(vm, tmp_path, NEW, OLD).snapshot() as snapshot:
+            assert said(snapshot) == [INCREMENTAL, INCREMENTAL]
+            await guest_io(vm, "vda", "write -P 3 4M 64k")  # after the instant
+            assert await dirty(snapshot.exports[0]) == [(MIB, GRANULARITY), (2 * MIB, GRANULARITY)]
+            assert await dirty(snapshot.exports[1]) == [(3 * MIB, MIB)]
+            assert await names(vm) == of(OLD) | of(NEW)
+            assert snapshot.keep is not None
+            await snapshot.keep()
+            assert await names(vm) == of(NEW)
+        after = await held(vm)
+        assert await names(vm) == of(NEW)
+        assert {key for key in before if before[key] != after[key]} <= {"bitmaps", "sizes"}  # a qcow2 file grows
+
+
+async def test_without_a_commit_the_base_stays_and_goes_on_recording(paused_vm: Vm, tmp_path: Path) -> None:
+    vm = paused_vm
+    await committed(vm, tmp_path, OLD)
+    before = await held(vm)
+    async with source(vm, tmp_path, NEW, OLD).snapshot() as snapshot:
+        assert said(snapshot) == [INCREMENTAL, INCREMENTAL]
+    assert await held(vm) == before
+    async with source(vm, tmp_path, NEW, OLD).snapshot():
+        await guest_io(vm, "vda", "write -P 3 4M 64k")
+    assert await names(vm) == of(OLD)
+    async with source(vm, tmp_path, OTHER, OLD).snapshot() as snapshot:
+        assert await dirty(snapshot.exports[0]) == [(4 * MIB, GRANULARITY)]
+
+
+async def test_a_write_around_the_instant_is_in_the_map_or_the_next_one_never_in_none(
+    paused_vm: Vm, tmp_path: Path
+) -> None:
+    """Where nothing stops the guest: between the new bitmap and the filter, and between the filter and the map."""
+    vm = paused_vm
+    await committed(vm, tmp_path, OLD)
+    passed: list[str] = []
+
+    async def write(name: str, _: dict[str, Any]) -> None:
+        passed.append(name)
+        if name == "qom-set" and passed.count(name) == 1:
+            await guest_io(vm, "vda", "write -P 1 1M 64k")
+        if name == "transaction" and passed.count(name) == 2:
+            await guest_io(vm, "vda", "write -P 2 2M 64k")
+
+    proxied = source(vm, tmp_path, NEW, OLD, socket=tmp_path / "proxy", disks=["vda"])
+    async with running_proxy(vm.qmp, proxied.socket, write), proxied.snapshot() as snapshot:
+        [export] = snapshot.exports
+        content = await copied(export, tmp_path / "copy")
+        assert (content[MIB], content[2 * MIB]) == (1, 0)  # the first is in the snapshot, the second is not
+        assert await dirty(export) == [(MIB, GRANULARITY), (2 * MIB, GRANULARITY)]
+        assert snapshot.keep is not None
+        await snapshot.keep()
+    assert passed.count("transaction") == 2
+    async with source(vm, tmp_path, OTHER, NEW, disks=["vda"]).snapshot() as snapshot:
+        assert (2 * MIB, GRANULARITY) in await dirty(snapshot.exports[0])
+
+
+Damage = Literal["disabled", "missing", "granularity"]
+
+
+@pytest.mark.parametrize("damage", ["disabled", "missing", "granularity"])
+async def test_a_base_that_is_no_good_makes_that_disk_alone_full(paused_vm: Vm, tmp_path: Path, damage: Damage) -> None:
+    vm = paused_vm
+    await committed(vm, tmp_path, OLD)
+    bitmap = {"node": "vda-node", "name": bitmap_name("nas", OLD)}
+    command = "block-dirty-bitmap-disable" if damage == "disabled" else "block-dirty-bitmap-remove"
+    await vm.monitor.execute(command, bitmap)
+    if damage == "granularity":
+        await vm.monitor.execute("block-dirty-bitmap-add", bitmap | {"granularity": 4096})
+    async with source(vm, tmp_path, NEW, OLD).snapshot() as snapshot:
+        assert said(snapshot) == [("invalid", None), INCREMENTAL]
+        assert bitmap["name"] in snapshot.exports[0].bitmap_reason
+        assert snapshot.keep is not None
+        await snapshot.keep()
+    assert await names(vm) >= of(NEW)
+    async with source(vm, tmp_path, OTHER, NEW).snapshot() as snapshot:
+        assert said(snapshot) == [INCREMENTAL, INCREMENTAL]
+    assert await names(vm) == of(NEW)
+
+
+async def test_a_crash_of_qemu_makes_the_next_backup_full_and_a_clean_end_does_not(qemu: Qemu, tmp_path: Path) -> None:
+    """QEMU flags the stored bitmaps while it runs; after a crash they cannot even be disabled, only removed."""
+    async with two_disks(qemu, tmp_path, name="first") as vm:
+        await committed(vm, tmp_path, OLD)
+        await vm.monitor.execute("quit")
+        assert await vm.process.wait() == 0
+    async with two_disks(qemu, tmp_path, name="second") as vm:
+        assert await names(vm) == {f"vdb {bitmap_name('nas', OLD)}"}
+        async with source(vm, tmp_path, NEW, OLD).snapshot() as snapshot:
+            assert said(snapshot) == [("invalid", None), INCREMENTAL]
+            assert "not there" in snapshot.exports[0].bitmap_reason
+        vm.process.kill()
+        await vm.process.wait()
+    async with two_disks(qemu, tmp_path, name="third") as vm:
+        [bitmap] = (await bitmaps(vm)).values()
+        assert bitmap["inconsistent"]
+        async with source(vm, tmp_path, NEW, OLD).snapshot() as snapshot:
+            assert said(snapshot) == [("invalid", None), ("invalid", None)]
+            assert await names(vm) == of(NEW)
+        assert await names(vm) == set()
+        await vm.monitor.execute("block_resize", {"node-name": "vdb-node", "size": 2 * SIZE})
+
+
+async def test_leftovers_of_the_target_go_and_nobody_elses(paused_vm: Vm, tmp_path: Path) -> None:
+    vm = paused_vm
+    await committed(vm, tmp_path, OLD)
+    others = ["foreign", "qfsbackup-nas", bitmap_name("usb", OTHER), bitmap_name(f"nas-{OTHER}", OTHER)]
+    for name in [*others, bitmap_name("nas", OTHER)]:
+        await vm.monitor.execute("block-dirty-bitmap-add", node="vdb-node", name=name, persistent=True)
+    async with source(vm, tmp_path, NEW, OLD).snapshot():
+        pass
+    assert await names(vm) == of(OLD) | {f"vdb {name}" for name in others}
+
+
+async def test_another_target_has_bitmaps_of_its_own(paused_vm: Vm, tmp_path: Path) -> None:
+    vm = paused_vm
+    await committed(vm, tmp_path, OLD)
+    async with source(vm, tmp_path, NEW, target="usb").snapshot() as snapshot:
+        assert said(snapshot) == [FULL, FULL]
+        assert await names(vm) == of(OLD) | of(NEW, "usb")
+    assert await names(vm) == of(OLD)
+
+
+async def test_a_disk_that_nobody_can_write_has_no_bitmap(qemu: Qemu, tmp_path: Path) -> None:
+    disks = [Disk("vda", tmp_path / "vda.raw", SIZE, interface="virtio-scsi", read_only=True)]
+    disks += [Disk("vdb", tmp_path / "vdb.qcow2", SIZE, format="qcow2")]
+    for disk in disks:
+        await disk.create(qemu)
+    async with (
+        running_vm(qemu, tmp_path, disks) as vm,
+        source(vm, tmp_path, NEW, disks=["vda", "vdb"]).snapshot() as snapshot,
+    ):
+        assert said(snapshot) == [("none", None), FULL]
+        assert await names(vm) == {f"vdb {bitmap_name('nas', NEW)}"}
+
+
+@pytest.mark.parametrize("size", [SIZE // 2, 2 * SIZE])
+async def test_a_resize_during_a_snapshot_does_not_abort_qemu(paused_vm: Vm, tmp_path: Path, size: int) -> None:
+    """It would, with the bitmap of the guest's own node exported; a bitmap that records may be resized."""
+    vm = paused_vm
+    await committed(vm, tmp_path, OLD)
+    await guest_io(vm, "vda", "write -P 1 1M 64k")
+    async with source(vm, tmp_path, NEW, OLD).snapshot() as snapshot:
+        for number in range(2):
+            await vm.monitor.execute("block_resize", {"node-name": f"qfsbackup-filter-{number}", "size": size})
+        assert await dirty(snapshot.exports[0]) == [(MIB, GRANULARITY)]
+        assert snapshot.keep is not None
+        await snapshot.keep()
+    assert await names(vm) == of(NEW)
+    assert dict((await held(vm))["sizes"])["vda-node"] == size
+
+
+@pytest.mark.parametrize("name", ["vda", "vdb"])
+async def test_qemu_does_not_record_what_a_resize_cuts_off_or_adds(paused_vm: Vm, name: str) -> None:
+    """Why sizes are compared. Fails when a QEMU records it: then there is less to look after."""
+    vm = paused_vm
+    await guest_io(vm, name, "write -P 1 0 16M")
+    bitmap = {"node": f"{name}-node", "name": "b", "granularity": GRANULARITY}
+    await vm.monitor.execute("block-dirty-bitmap-add", bitmap)
+    for size in (SIZE // 2, SIZE, 2 * SIZE):
+        await vm.monitor.execute("block_resize", {"node-name": f"{name}-node", "size": size})
+        assert (await bitmaps(vm))[f"{name} b"]["count"] == 0
+    await guest_io(vm, name, "read -P 0 8M 8M")  # it was cut off, so its content has changed

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Freezing the guest: the real agent in a real guest, and a fake one for what the real one cannot be made to do."""
+
+import contextlib
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from qfsbackup.errors import UserError
+from qfsbackup.vm import agent as agent_module
+from qfsbackup.vm import freeze as freeze_module
+from qfsbackup.vm.cleanup import cleanup
+from qfsbackup.vm.freeze import Freeze, frozen
+from qfsbackup.vm.owner import PREFIX
+from qfsbackup.vm.qmp import connect
+from tests.harness.agent import ask
+from tests.harness.qmp_proxy import running_proxy
+from tests.harness.tasks import background
+from tests.harness.vm import Vm
+from tests.vm.refusing import running_refusing
+from tests.vm.support import held, make_source
+
+Answer = Callable[[str, dict[str, object]], Awaitable[bytes]]
+
+
+async def status(vm: Vm) -> str:
+    """What the guest's agent says about its file systems."""
+    assert vm.agent is not None
+    async with ask(vm.agent) as agent:
+        return str(await agent("guest-fsfreeze-status"))
+
+
+async def mount_vda(vm: Vm) -> None:
+    await vm.shell.run("mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt")
+
+
+async def test_the_guest_is_frozen_at_the_instant_and_thawed_after_it(guest_vm: Vm, tmp_path: Path) -> None:
+    await mount_vda(guest_vm)
+    await guest_vm.shell.run("echo precious > /mnt/file")  # not synced: freezing writes it to the disk
+    frozen_then = []
+
+    async def look(name: str, _arguments: dict[str, object]) -> None:
+        if name in ("qom-set", "block-export-add"):
+            frozen_then.append((name, "isfrozen" in await guest_vm.shell.run("ls /run/qga")))
+
+    source = make_source(guest_vm, tmp_path, agent=guest_vm.agent, freeze="require", socket=tmp_path / "proxy")
+    async with running_proxy(guest_vm.qmp, source.socket, look), source.snapshot() as snapshot:
+        assert frozen_then == [("qom-set", True)] * 2 + [("block-export-add", False)] * 2
+        assert snapshot.frozen
+        assert snapshot.pause_ms == 0  # several disks share an instant without a stop
+        assert await status(guest_vm) == "thawed"
+        await guest_vm.shell.run("echo later > /mnt/file && sync")
+        copy = tmp_path / "copy"
+        await trio.run_process(["nbdcopy", snapshot.exports[0].uri, str(copy)])
+    shown = await trio.run_process(["debugfs", "-R", "cat file", str(copy)], capture_stdout=True, capture_stderr=True)
+    assert shown.stdout == b"precious\n"
+    check = await trio.run_process(["e2fsck", "-fn", str(copy)], capture_stdout=True, capture_stderr=True)
+    assert b"recovering journal" not in check.stdout + check.stderr
+
+
+@pytest.mark.one_qemu
+async def test_a_freeze_that_is_not_ours_stays(guest_vm: Vm, tmp_path: Path) -> None:
+    """Somebody else's stays through a snapshot and through cleanup; that of a dead mount is thawed."""
+    await mount_vda(guest_vm)
+    assert guest_vm.agent is not None
+    async with ask(guest_vm.agent) as agent:
+        assert await agent("guest-fsfreeze-freeze") == 1
+    async with make_source(guest_vm, tmp_path, agent=guest_vm.agent).snapshot() as snapshot:
+        assert not snapshot.frozen
+        assert await status(guest_vm) == "frozen"
+    with pytest.raises(UserError, match="somebody else"):
+        async with make_source(guest_vm, tmp_path, agent=guest_vm.agent, freeze="require").snapshot():
+            pytest.fail("was not refused")
+    async with connect(guest_vm.qmp, print) as qmp:
+        assert await cleanup(qmp, guest_vm.agent) == []
+        assert await status(guest_vm) == "frozen"
+        dead = f"{PREFIX}by-1-1"
+        await guest_vm.monitor.execute("blockdev-add", {"driver": "null-co", "node-name": dead, "size": 0})
+        assert "thawed the guest's file systems" in await cleanup(qmp, guest_vm.agent)
+    assert await status(guest_vm) == "thawed"
+
+
+@pytest.mark.one_qemu
+async def test_a_guest_that_cannot_be_frozen(guest_vm: Vm, tmp_path: Path) -> None:
+    async with make_source(guest_vm, tmp_path, agent=guest_vm.agent).snapshot() as snapshot:
+        assert not snapshot.frozen
+        assert snapshot.pause_ms > 0  # so that the disks share an instant all the same
+    with pytest.raises(UserError, match="nothing to freeze"):
+        async with make_source(guest_vm, tmp_path, agent=guest_vm.agent, freeze="require").snapshot():
+            pytest.fail("was not refused")
+    assert await status(guest_vm) == "thawed"
+    await mount_vda(guest_vm)
+    await guest_vm.monitor.execute("stop")
+    async with make_source(guest_vm, tmp_path, agent=guest_vm.agent).snapshot() as snapshot:
+        assert not snapshot.frozen
+    with pytest.raises(UserError, match="not running"):
+        async with make_source(guest_vm, tmp_path, agent=guest_vm.agent, freeze="require").snapshot():
+            pytest.fail("was not refused")
+    await guest_vm.monitor.execute("cont")
+    assert await status(guest_vm) == "thawed"
+
+
+@pytest.mark.one_qemu
+async def test_a_snapshot_that_fails_while_the_guest_is_frozen_thaws_it(guest_vm: Vm, tmp_path: Path) -> None:
+    await mount_vda(guest_vm)
+    before = await held(guest_vm)
+    async with running_refusing(guest_vm.qmp, tmp_path / "refusing") as refusing:
+        refusing.command("qom-set", 1)
+        with pytest.raises(UserError, match="refused by the test"):
+            async with make_source(guest_vm, tmp_path, socket=refusing.path, agent=guest_vm.agent).snapshot():
+                pytest.fail("was not refused")
+    assert refusing.refused == "qom-set"
+    assert await status(guest_vm) == "thawed"
+    assert await held(guest_vm) == before
+
+
+async def test_a_silent_agent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The socket of an agent that is not there accepts connections and says nothing."""
+    autojump_clock.autojump_threshold = 0.05  # seconds of silence on the real sockets
+    async with fake_agent(tmp_path / "agent", silent) as path:
+        async with frozen(Freeze("auto", path), running=True) as state:
+            assert not state.frozen
+        assert "did not answer" in caplog.text
+        with pytest.raises(UserError, match="did not answer"):
+            async with frozen(Freeze("require", path), running=True):
+                pytest.fail("was not refused")
+
+
+@pytest.mark.parametrize(
+    "freeze", [Freeze("auto", None), Freeze("off", Path("/nonexistent"))], ids=["auto without agent", "off"]
+)
+async def test_no_agent_is_asked(freeze: Freeze, caplog: pytest.LogCaptureFixture) -> None:
+    async with frozen(freeze, running=True) as state:
+        assert not state.frozen
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("path", [None, Path("/nonexistent/agent")])
+async def test_a_required_freeze_needs_an_agent(path: Path | None) -> None:
+    with pytest.raises(UserError) as caught:
+        async with frozen(Freeze("require", path), running=True):
+            pytest.fail("was not refused")
+    assert "agent=" in caught.value.hint
+
+
+async def test_an_agent_that_talks_garbage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def garbage(_command: str, _arguments: dict[str, object]) -> bytes:
+        return b"\x00garbage\xff\xffgarbage\n" * 100
+
+    async with fake_agent(tmp_path / "agent", garbage) as path, frozen(Freeze("auto", path), running=True) as state:
+        assert not state.frozen
+    assert "not JSON" in caplog.text
+
+
+async def test_what_the_agent_owes_to_an_earlier_client_is_skipped(tmp_path: Path) -> None:
+    guest = Guest()
+    guest.debts = b'{"return": "frozen"}\n\xff{"return": 17}\n{"return": "frozen"}\n'
+    async with fake_agent(tmp_path / "agent", guest.answer) as path:
+        async with frozen(Freeze("require", path), running=True) as state:
+            assert state.frozen
+        assert state.held
+    assert guest.state == "thawed"
+
+
+async def test_a_guest_that_thaws_by_itself_was_not_held(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Windows does so after 10 seconds."""
+    guest = Guest()
+    async with fake_agent(tmp_path / "agent", guest.answer) as path:
+        async with frozen(Freeze("auto", path), running=True) as state:
+            guest.state = "thawed"
+        assert not state.held
+        assert "thawed by itself" in caplog.text
+        with pytest.raises(UserError, match="thawed by itself"):
+            async with frozen(Freeze("require", path), running=True):
+                guest.state = "thawed"
+
+
+async def test_a_lost_answer_to_freeze_is_followed_by_a_thaw(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    autojump_clock.autojump_threshold = 0.05  # seconds of silence on the real sockets
+    guest = Guest()
+    guest.lose = {"guest-fsfreeze-freeze"}
+    async with (
+        fake_agent(tmp_path / "agent", guest.answer) as path,
+        frozen(Freeze("auto", path), running=True) as state,
+    ):
+        assert not state.frozen
+        assert guest.state == "thawed"
+    assert "did not answer within 6 s" in caplog.text
+
+
+async def test_thawing_is_tried_again_until_it_works(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    autojump_clock.autojump_threshold = 0.05  # seconds of silence on the real sockets
+    guest = Guest()
+    async with fake_agent(tmp_path / "agent", guest.answer) as path, frozen(Freeze("auto", path), running=True):
+        guest.lose = {"guest-fsfreeze-thaw", "guest-fsfreeze-status", "guest-sync-delimited"}
+        guest.lose_count = 4
+    assert guest.state == "thawed"
+    assert "trying again" in caplog.text
+
+
+async def test_a_cancelled_block_is_thawed(tmp_path: Path) -> None:
+    guest = Guest()
+    async with fake_agent(tmp_path / "agent", guest.answer) as path:
+        with trio.CancelScope() as scope:
+            async with frozen(Freeze("auto", path), running=True):
+                scope.cancel()
+                await trio.lowlevel.checkpoint()
+        assert guest.state == "thawed"
+
+
+async def test_an_agent_that_never_thaws_does_not_block_us(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+) -> None:
+    autojump_clock.autojump_threshold = 0.05  # seconds of silence on the real sockets
+    guest = Guest()
+    async with fake_agent(tmp_path / "agent", guest.answer) as path:
+        async with frozen(Freeze("auto", path), running=True):
+            guest.lose, guest.lose_count = {"guest-fsfreeze-thaw"}, 1000
+            start = trio.current_time()
+        assert trio.current_time() - start < freeze_module.THAW_TIMEOUT + agent_module.ANSWER_TIMEOUT
+    assert [record.levelno for record in caplog.records][-2] == logging.ERROR
+
+
+class Guest:
+    """A fake agent's state. `lose`: commands that are carried out without an answer, `lose_count` times."""
+
+    def __init__(self) -> None:
+        self.state = "thawed"
+        self.debts = b""
+        self.lose: set[str] = set()
+        self.lose_count = 1
+
+    async def answer(self, command: str, arguments: dict[str, object]) -> bytes:
+        await trio.lowlevel.checkpoint()
+        result = self._run(command, arguments)
+        before = b""
+        if command == "guest-sync-delimited":
+            before, self.debts = self.debts + b"\xff", b""
+        if command in self.lose and self.lose_count:
+            self.lose_count -= 1
+            return b""
+        return before + json.dumps({"return": result}).encode() + b"\n"
+
+    def _run(self, command: str, arguments: dict[str, object]) -> object:
+        if command == "guest-fsfreeze-status":
+            return self.state
+        if command == "guest-sync-delimited":
+            return arguments["id"]
+        self.state, before = {"freeze": "frozen", "thaw": "thawed"}[command.rpartition("-")[2]], self.state
+        return int(before != self.state)
+
+
+async def silent(_command: str, _arguments: dict[str, object]) -> bytes:
+    """An agent that is not there."""
+    return b""
+
+
+@contextlib.asynccontextmanager
+async def fake_agent(path: Path, answer: Answer) -> AsyncIterator[Path]:
+    """Listen on `path`; every command is answered with the bytes that `answer` gives."""
+    with trio.socket.socket(trio.socket.AF_UNIX) as listener:
+        await listener.bind(str(path))
+        listener.listen()
+
+        async def serve(stream: trio.SocketStream) -> None:
+            rest = b""
+            async for chunk in stream:
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    command = json.loads(line.lstrip(b"\xff"))
+                    reply = await answer(command["execute"], command["arguments"])
+                    with contextlib.suppress(trio.BrokenResourceError):
+                        await stream.send_all(reply)
+
+        async with background(partial(trio.serve_listeners, serve, [trio.SocketListener(listener)])):
+            yield path

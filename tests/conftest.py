@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.support import idle_vm
+from tests.harness.chunk_set import CHUNK, cut, describe, make_content
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu, selected
 from tests.harness.vm import Vm, running_vm
@@ -37,3 +39,27 @@ async def guest_vm(qemu: Qemu, tmp_path: Path) -> AsyncIterator[Vm]:
     disks = [Disk("vda", tmp_path / "vda.raw"), Disk("vdb", tmp_path / "vdb.qcow2", format="qcow2")]
     async with running_vm(qemu, tmp_path, disks, guest=True, agent=True) as vm:
         yield vm
+
+
+@pytest.fixture
+async def vm(qemu: Qemu, tmp_path: Path) -> AsyncIterator[Vm]:
+    """A running VM whose mount, if a test leaves one, is taken away."""
+    async with idle_vm(qemu, tmp_path) as vm:
+        yield vm
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A mountpoint."""
+    path = tmp_path / "mnt"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def chunks(tmp_path: Path) -> Path:
+    """Five chunks, the last of them short, with a vm.json that says so."""
+    content = make_content(4 * CHUNK + 1536, [(10, 5000), (2 * CHUNK, 4 * CHUNK + 1536)])
+    describe(tmp_path, size=len(content))
+    (tmp_path / "expected").write_bytes(content)
+    return cut(tmp_path / "chunks" / "vda", content)

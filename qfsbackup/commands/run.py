@@ -13,7 +13,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,12 @@ def make_mountpoint(mountpoint: Path) -> Path:
 def _run_command(mountpoint: Path, command: Sequence[str]) -> int:
     mount = find_mount(mountpoint)
     environment = {**os.environ, "QFSBACKUP_MOUNT": str(mountpoint)}
-    try:
-        process = subprocess.Popen(command, cwd=mountpoint, env=environment)
-    except OSError as error:
-        raise UserError(f"cannot run {command[0]}: {error.strerror}", "Is it installed, and in the PATH?") from None
-    with _signals_to(process), progress(mount.status()) as show:
+    with _signals() as send_to, progress(mount.status()) as show:
+        try:
+            process = subprocess.Popen(command, cwd=mountpoint, env=environment)
+        except OSError as error:
+            raise UserError(f"cannot run {command[0]}: {error.strerror}", "Is it installed, and in the PATH?") from None
+        send_to(process)
         code = None
         while code is None:
             with suppress(subprocess.TimeoutExpired):
@@ -92,15 +93,28 @@ def _run_command(mountpoint: Path, command: Sequence[str]) -> int:
 
 
 @contextmanager
-def _signals_to(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """SIGTERM and SIGHUP go to the command; SIGINT reaches it from the terminal by itself. We wait for its end."""
+def _signals() -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
+    """SIGTERM and SIGHUP go to the command; SIGINT reaches it from the terminal by itself. We wait for its end.
+
+    The handlers stand before the command starts (exec gives it the default ones): a signal that arrives before the
+    function which this yields is called with the command waits for that call.
+    """
+    early: list[int] = []
+    send = early.append
+
+    def send_to(process: subprocess.Popen[bytes]) -> None:
+        nonlocal send
+        send = process.send_signal
+        for number in early:
+            send(number)
+
     old = {
         signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number)),
-        signal.SIGHUP: signal.signal(signal.SIGHUP, lambda number, _: process.send_signal(number)),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: send(number)),
+        signal.SIGHUP: signal.signal(signal.SIGHUP, lambda number, _: send(number)),
     }
     try:
-        yield
+        yield send_to
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.support import idle_vm, left_as_it_was, overwrite, runtime_folder
-from tests.harness.mount import Result, aside, command, ending, is_mounted, mounted, qfsbackup, start
+from tests.harness.mount import DONE, aside, command, ending, is_mounted, mounted, qfsbackup, start
 from tests.harness.qemu import Qemu
 from tests.harness.vm import Vm
 
-DONE = Result(0, "", "")
 KILLED = 128 + signal.SIGKILL
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 from array import array
 
 import pytest
@@ -13,43 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qfsbackup.errors import FsError
-from qfsbackup.fs.chunks import ChunkedDisk, ChunkFile
-from qfsbackup.fs.grid import MOST, SMALLEST, USUAL, Grid, count, fitting, is_chunk_size, plan
+from qfsbackup.fs.chunks import ChunkedDisk
+from qfsbackup.fs.grid import MOST, USUAL, Grid, count, fitting, is_chunk_size, plan
 from qfsbackup.fs.inodes import is_chunk, parts
-from qfsbackup.fs.node import Attributes, Handle
-from qfsbackup.model import CLUSTER
+from qfsbackup.fs.node import Attributes
 from qfsbackup.ranges import RangeSet
+from tests.fs.chunked import CHUNK, NEW, NOISE, OLD, SIZE, files, opened, view_of
 from tests.fs.memory import MemoryDisk, frozen
-
-CHUNK = SMALLEST
-SIZE = 5 * CHUNK + 1536
-OLD, NEW = 1_000, 2_000
-NOISE = random.Random(1).randbytes(SIZE)
 
 sizes = st.integers(0, 8 * CHUNK) | st.integers(0, 8).map(lambda number: number * CHUNK)
 offsets = st.integers(0, 8 * CHUNK)
 ranges = st.lists(st.tuples(offsets, offsets).map(lambda pair: (min(pair), max(pair))), max_size=4)
-
-
-def view_of(disk: MemoryDisk, *, release: bool = False) -> ChunkedDisk:
-    return ChunkedDisk(frozen(disk), 7, plan(disk.size, RangeSet(), NEW, None, CHUNK), NEW, release=release)
-
-
-def files(view: ChunkedDisk) -> list[tuple[str, ChunkFile]]:
-    """Every chunk with its path, as a recursive listing finds them."""
-    return [(f"{part}/{name}", file) for part, folder in view.entries(0) for name, file in folder.entries(0)]
-
-
-def opened(view: ChunkedDisk, number: int) -> Handle:
-    file = view.chunk(number)
-    assert file is not None
-    return file.open()
-
-
-async def raises_eio(handle: Handle, offset: int = 0, length: int = 1) -> None:
-    with pytest.raises(FsError) as raised:
-        await handle.read(offset, length)
-    assert raised.value.errno == errno.EIO
 
 
 # ---- which times move ----
@@ -224,129 +197,3 @@ async def test_punching_a_chunk_punches_the_disk_there() -> None:
     assert disk.trims == [(2 * CHUNK, 3 * CHUNK)]
     assert bytes(await opened(view, 2).read(0, CHUNK)) == bytes(CHUNK)
     assert bytes(await opened(view, 3).read(0, CHUNK)) == NOISE[3 * CHUNK : 4 * CHUNK]
-
-
-# ---- access=dirty ----
-
-
-async def test_clean_chunks_that_were_released_cannot_be_read_and_the_dirty_ones_can() -> None:
-    disk = MemoryDisk(NOISE)
-    shown = frozen(disk)
-    base = plan(SIZE, RangeSet(), OLD, None, CHUNK)
-    grid = plan(SIZE, RangeSet([(CHUNK + 10, CHUNK + 20), (4 * CHUNK, 4 * CHUNK + 1)]), NEW, base)
-    for start, end in grid.other_than(NEW):
-        await shown.release(start, end)
-    view = ChunkedDisk(shown, 7, grid, NEW)
-    for number in (0, 2, 3, 5):
-        await raises_eio(opened(view, number))
-    for number in (1, 4):
-        start, end = grid.span(number)
-        assert bytes(await opened(view, number).read(0, CHUNK)) == NOISE[start:end]
-    assert disk.trimmed == RangeSet([(0, CHUNK), (2 * CHUNK, 4 * CHUNK)]), "whole clusters only"
-    assert [file.attributes().time for _, file in files(view)] == [OLD, NEW, OLD, OLD, NEW, OLD]
-
-
-# ---- discard=release ----
-
-
-async def test_a_chunk_that_was_read_whole_is_given_back_when_it_is_closed() -> None:
-    disk = MemoryDisk(NOISE)
-    view = view_of(disk, release=True)
-    handle = opened(view, 1)
-    await handle.read(CHUNK // 2, CHUNK)
-    await handle.read(0, CHUNK // 2)
-    assert disk.trims == []
-    await handle.close()
-    assert disk.trims == [(CHUNK, 2 * CHUNK)]
-    await raises_eio(opened(view, 1))
-    for number in (0, 2):
-        start, end = view.grid.span(number)
-        assert bytes(await opened(view, number).read(0, CHUNK)) == NOISE[start:end]
-
-
-async def test_a_chunk_that_was_read_in_part_stays() -> None:
-    disk = MemoryDisk(NOISE)
-    view = view_of(disk, release=True)
-    handle = opened(view, 1)
-    await handle.read(0, CHUNK - 1)
-    await handle.close()
-    await opened(view, 1).close()
-    assert disk.trims == []
-    assert bytes(await opened(view, 1).read(0, CHUNK)) == NOISE[CHUNK : 2 * CHUNK]
-
-
-async def test_two_readers_of_a_part_each_have_not_read_the_whole() -> None:
-    disk = MemoryDisk(NOISE)
-    view = view_of(disk, release=True)
-    one, two = opened(view, 1), opened(view, 1)
-    await one.read(0, CHUNK // 2)
-    await two.read(CHUNK // 2, CHUNK // 2)
-    await one.close()
-    await two.close()
-    assert disk.trims == []
-
-
-async def test_a_chunk_stays_as_long_as_somebody_has_it_open() -> None:
-    disk = MemoryDisk(NOISE)
-    view = view_of(disk, release=True)
-    fast, slow = opened(view, 1), opened(view, 1)
-    await fast.read(0, CHUNK)
-    await fast.close()
-    assert bytes(await slow.read(0, CHUNK // 2)) == NOISE[CHUNK : CHUNK + CHUNK // 2]
-    assert disk.trims == []
-    await slow.close()
-    assert disk.trims == [(CHUNK, 2 * CHUNK)]
-    assert view.in_use == {}
-
-
-async def test_what_a_seek_tells_of_holes_counts_as_read() -> None:
-    disk = MemoryDisk(NOISE, RangeSet([(1000, 2000), (CHUNK, SIZE)]))
-    view = view_of(disk, release=True)
-    handle = opened(view, 0)
-    start = handle.seek(0, os.SEEK_DATA)
-    end = handle.seek(start, os.SEEK_HOLE)
-    assert (start, end) == (1000, 2000)
-    with pytest.raises(FsError):
-        handle.seek(end, os.SEEK_DATA)
-    await handle.close()
-    assert disk.trims == [], "the data between the holes was not read"
-    handle = opened(view, 0)
-    handle.seek(0, os.SEEK_DATA)
-    await handle.read(start, end - start)
-    with pytest.raises(FsError):
-        handle.seek(end, os.SEEK_DATA)
-    await handle.close()
-    assert disk.trims == [(0, CHUNK)]
-    await raises_eio(opened(view, 0))
-
-
-async def test_a_read_that_failed_is_no_read() -> None:
-    disk = MemoryDisk(NOISE)
-    disk.trimmed.add(CHUNK, 2 * CHUNK)
-    view = view_of(disk, release=True)
-    handle = opened(view, 1)
-    await raises_eio(handle, 0, CHUNK)
-    await handle.close()
-    assert disk.trims == []
-
-
-async def test_a_disk_that_cannot_trim_keeps_its_chunks() -> None:
-    disk = MemoryDisk(NOISE)
-    disk.can_trim = False
-    view = view_of(disk, release=True)
-    handle = opened(view, 1)
-    await handle.read(0, CHUNK)
-    await handle.close()
-    assert bytes(await opened(view, 1).read(0, CHUNK)) == NOISE[CHUNK : 2 * CHUNK]
-
-
-@given(order=st.permutations(range(6)))
-@settings(deadline=None)
-async def test_what_is_trimmed_in_the_end_is_all_whole_clusters(order: list[int]) -> None:
-    disk = MemoryDisk(NOISE)
-    view = view_of(disk, release=True)
-    for number in order:
-        handle = opened(view, number)
-        await handle.read(0, CHUNK)
-        await handle.close()
-    assert disk.trimmed == RangeSet([(0, SIZE // CLUSTER * CLUSTER)])

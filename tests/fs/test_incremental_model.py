@@ -13,7 +13,6 @@ import random
 import shutil
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -23,77 +22,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from qfsbackup.fs.grid import Grid, count, plan
-from qfsbackup.fs.node import Attributes, Directory, File, Node
-from qfsbackup.fs.tree import Look, ShownDisk, Tree, build_tree
+from qfsbackup.fs.tree import Look, ShownDisk, build_tree
 from qfsbackup.model import Base, Snapshot
 from qfsbackup.ranges import RangeSet
 from qfsbackup.state.store import DiskState, Store, open_store
 from qfsbackup.status import Status
 from tests.fs.memory import MemoryDisk, frozen
+from tests.fs.model import CHUNK, LARGEST, SECOND, Mount, Tool, walk
 
-SECOND = 10**9
-CHUNK = 64 << 10
-SMALLEST, LARGEST = CHUNK // 2, 5 * CHUNK
+SMALLEST = CHUNK // 2
 TARGETS = ("nas", "usb")
 UUID = "6d3a5b5e-4c55-4c5f-9d3c-1d1f0a4f7f00"
-
-Key = tuple[int, ...]
-
-
-@dataclass
-class Tool:
-    """Reads a file again if its attributes are others than they were when it read it last.
-
-    restic and borg look at all of them; rsync at size and whole seconds of mtime.
-    """
-
-    whole: bool
-    held: dict[str, tuple[Key, bytes]] = field(default_factory=dict)
-    skipped: int = 0
-
-    def key(self, attributes: Attributes) -> Key:
-        if self.whole:
-            return attributes.size, attributes.time, attributes.inode
-        return attributes.size, attributes.time // SECOND
-
-    async def take(self, path: str, file: File) -> None:
-        key = self.key(file.attributes())
-        if path in self.held and self.held[path][0] == key:
-            self.skipped += 1
-            return
-        self.held[path] = key, bytes(await file.open().read(0, LARGEST))
-
-    def forget_others(self, paths: set[str]) -> None:
-        self.held = {path: held for path, held in self.held.items() if path in paths}
-
-    def disk(self) -> bytes:
-        return b"".join(content for path, (_, content) in sorted(self.held.items()) if path.startswith("chunks/"))
-
-
-@dataclass
-class Mount:
-    """A snapshot and its tree, with the bitmap that began at its instant."""
-
-    target: str
-    generation: str
-    instant: int
-    content: bytes
-    grid: Grid
-    tree: Tree
-    read: bool = False
-
-
-def walk(folder: Directory, path: str = "") -> list[tuple[str, File]]:
-    found: list[tuple[str, File]] = []
-    for name, node in folder.entries(0):
-        found += walk_node(node, f"{path}{name}")
-    return found
-
-
-def walk_node(node: Node, path: str) -> list[tuple[str, File]]:
-    if node.attributes().directory:
-        return walk(node, f"{path}/")  # type: ignore[arg-type]  # it says that it is a folder
-    return [(path, node)]  # type: ignore[list-item]  # it says that it is a file
 
 
 class Machine(RuleBasedStateMachine):

@@ -56,6 +56,9 @@ class Result:
             assert word in lines[0], f"{word!r} is missing in {lines[0]!r}"
 
 
+DONE = Result(0, "", "")
+
+
 async def command(
     *words: str | Path, environment: Mapping[str, str] | None = None, cwd: Path | None = None, timeout: float = 60
 ) -> Result:

@@ -4,8 +4,6 @@
 import errno
 import random
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -13,63 +11,13 @@ import trio
 import trio.testing
 
 from qfsbackup.errors import FsError, UserError
-from qfsbackup.model import CLUSTER, Disk, Export
+from qfsbackup.model import CLUSTER
 from qfsbackup.nbd.bandwidth import Bandwidth
-from qfsbackup.nbd.budget import Budget
-from qfsbackup.nbd.disk import open_disk
-from qfsbackup.status import DiskStatus, Status
+from qfsbackup.status import Status
 from tests.harness.disk import MIB
-from tests.harness.nbd_server import NbdServer, make_certificates, nbdkit, qemu_nbd
+from tests.harness.nbd_server import make_certificates, nbdkit, qemu_nbd
 from tests.harness.qemu import Qemu, run_img
-
-CONTENT = random.Random(4).randbytes(4 * MIB)
-
-# nbdkit's eval plugin, serving $FILE; reads that touch the second MiB fail with $ERROR.
-BAD_SECOND_MIB = (
-    'if [ $4 -lt 2097152 ] && [ $(($4 + $3)) -gt 1048576 ]; then echo "$ERROR bad" >&2; exit 1; fi; '
-    'dd if="$FILE" skip=$4 count=$3 iflag=skip_bytes,count_bytes status=none'
-)
-
-
-@asynccontextmanager
-async def opened(
-    uri: str, size: int, status: Status | None = None, *, context: str | None = None, bandwidth: Bandwidth | None = None
-) -> AsyncIterator[tuple[Disk, DiskStatus]]:
-    """The disk at `uri`, and its counters."""
-    counters = DiskStatus(size)
-    export = Export("vda", uri, size, context, can_trim=True)
-    async with open_disk(export, counters, status or Status(), Budget(), bandwidth=bandwidth) as disk:
-        yield disk, counters
-
-
-@asynccontextmanager
-async def served(qemu: Qemu, directory: Path, content: bytes = CONTENT) -> AsyncIterator[NbdServer]:
-    image = directory / "disk.raw"
-    with image.open("wb") as file:
-        file.truncate(len(content))
-        for offset in range(0, len(content), MIB):
-            piece = content[offset : offset + MIB]
-            if any(piece):  # zeros become a hole
-                file.seek(offset)
-                file.write(piece)
-    async with qemu_nbd(qemu, directory, image, options=["--discard=unmap"]) as server:
-        yield server
-
-
-@asynccontextmanager
-async def half_broken(directory: Path, error: str) -> AsyncIterator[NbdServer]:
-    """CONTENT, of which reads of the second MiB fail with `error`."""
-    image = directory / "disk.raw"
-    image.write_bytes(CONTENT)
-    script = BAD_SECOND_MIB.replace("$FILE", str(image)).replace("$ERROR", error)
-    async with nbdkit(directory, ["eval", f"get_size=echo {len(CONTENT)}", f"pread={script}"]) as server:
-        yield server
-
-
-async def all_of(disk: Disk, length: int) -> bytes:
-    """The whole disk, in reads of `length` bytes."""
-    offsets = range(0, disk.size, length)
-    return b"".join([bytes(await disk.read(offset, min(length, disk.size - offset))) for offset in offsets])
+from tests.nbd.disks import CONTENT, all_of, opened, served
 
 
 @pytest.mark.parametrize("length", [MIB, 128 * 1024, 5000])
@@ -130,97 +78,6 @@ async def test_a_server_that_takes_one_client_is_enough(qemu: Qemu, tmp_path: Pa
     one_client = qemu_nbd(qemu, tmp_path, image, options=["--shared=1"])
     async with one_client as server, opened(server.uri, len(CONTENT)) as (disk, _):
         assert await all_of(disk, MIB) == CONTENT
-
-
-async def test_an_error_meets_only_who_reads_that_range(tmp_path: Path) -> None:
-    status = Status()
-    async with half_broken(tmp_path, "EIO") as server, opened(server.uri, len(CONTENT), status) as (disk, _):
-        for offset in range(0, len(CONTENT), MIB // 4):
-            if MIB <= offset < 2 * MIB:
-                with pytest.raises(FsError) as caught:
-                    await disk.read(offset, MIB // 4)
-                assert caught.value.errno == errno.EIO
-            else:
-                assert await disk.read(offset, MIB // 4) == CONTENT[offset : offset + MIB // 4]
-        assert status.broken is None
-
-
-async def test_a_refused_read_breaks_the_snapshot(tmp_path: Path) -> None:
-    status = Status()
-    async with half_broken(tmp_path, "EINVAL") as server, opened(server.uri, len(CONTENT), status) as (disk, counters):
-        assert await disk.read(0, 4096) == CONTENT[:4096]
-        with pytest.raises(FsError):
-            await disk.read(MIB, 4096)
-        assert status.broken
-        asked = counters.nbd_requests
-        with pytest.raises(FsError) as caught:
-            await disk.read(0, 4096)
-        assert caught.value.errno == errno.EIO
-        assert counters.nbd_requests == asked, "a broken snapshot was asked again"
-
-
-async def test_a_killed_server_fails_waiting_and_later_reads(tmp_path: Path) -> None:
-    status = Status()
-    slow = ["--filter=delay", "pattern", "64M", "delay-read=60"]
-    async with nbdkit(tmp_path, slow) as server, opened(server.uri, 64 * MIB, status) as (disk, counters):
-        failed: list[int] = []
-
-        async def wait_for(offset: int) -> None:
-            with pytest.raises(FsError) as caught:
-                await disk.read(offset, MIB)
-            failed.append(caught.value.errno)
-
-        with trio.fail_after(5):
-            async with trio.open_nursery() as nursery:
-                for number in range(40):  # more than go out at once
-                    nursery.start_soon(wait_for, number * MIB)
-                await trio.testing.wait_all_tasks_blocked()
-                assert counters.nbd_requests
-                server.process.kill()
-            assert failed == [errno.EIO] * 40
-            assert "lost" in (status.broken or "")
-            with pytest.raises(FsError):
-                await disk.read(0, 512)
-
-
-async def test_an_idle_disk_notices_that_the_server_is_gone(tmp_path: Path) -> None:
-    gone = trio.Event()
-
-    class Watched(Status):
-        def mark_broken(self, reason: str) -> None:
-            super().mark_broken(reason)
-            gone.set()
-
-    status = Watched()
-    async with nbdkit(tmp_path, ["null", "1M"]) as server, opened(server.uri, MIB, status):
-        server.process.kill()
-        with trio.fail_after(5):
-            await gone.wait()
-        assert "lost" in (status.broken or "")
-
-
-async def test_a_cancelled_read_leaves_the_others_alone(tmp_path: Path) -> None:
-    slow = ["--filter=delay", "pattern", "64M", "delay-read=200ms"]
-    async with nbdkit(tmp_path, slow) as server, opened(server.uri, 64 * MIB) as (disk, _):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(disk.read, 0, MIB)
-            await trio.testing.wait_all_tasks_blocked()
-            nursery.cancel_scope.cancel()
-        found = bytes(await disk.read(0, MIB))
-        assert found[MIB // 2 : MIB // 2 + 8] == (MIB // 2).to_bytes(8, "big")
-
-
-async def test_closing_does_not_wait_for_a_server_that_hangs(tmp_path: Path) -> None:
-    slow = ["--filter=delay", "pattern", "64M", "delay-read=60"]
-    status = Status()
-    async with nbdkit(tmp_path, slow) as server:
-        with trio.fail_after(10):
-            async with opened(server.uri, 64 * MIB, status) as (disk, _), trio.open_nursery() as nursery:
-                nursery.start_soon(disk.read, 0, MIB)
-                await trio.testing.wait_all_tasks_blocked()
-                nursery.cancel_scope.cancel()
-        assert status.broken is None, "closing is no loss"
-        server.process.kill()
 
 
 async def test_trims_are_whole_clusters_and_not_readable_afterwards(qemu: Qemu, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +12,7 @@ import trio
 
 from qfsbackup.model import Base, CheckpointRequest, Export, Snapshot
 from qfsbackup.sources.qemu import QemuSource
-from qfsbackup.vm.bitmaps import GRANULARITY, Checkpoint, bitmap_name, of_target, plan, unusable
-from qfsbackup.vm.graph import Disk as GraphDisk
-from qfsbackup.vm.graph import Node
+from qfsbackup.vm.bitmaps import GRANULARITY, bitmap_name
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu
 from tests.harness.qmp_proxy import running_proxy
@@ -23,70 +21,6 @@ from tests.vm.support import copied, guest_io, held, make_source
 
 OLD, NEW, OTHER = "0" * 15 + "a", "0" * 15 + "b", "0" * 15 + "c"
 SIZE = 16 * MIB
-GOOD: dict[str, Any] = {
-    "name": bitmap_name("nas", OLD),
-    "recording": True,
-    "busy": False,
-    "persistent": True,
-    "granularity": GRANULARITY,
-    "count": 0,
-}
-
-# ---- what a bitmap is worth ----
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({}, ""),
-        ({"count": SIZE}, ""),
-        ({"persistent": False}, ""),
-        ({"inconsistent": False}, ""),
-        ({"inconsistent": True}, "not stored completely"),
-        ({"inconsistent": True, "recording": False, "busy": True}, "not stored completely"),
-        ({"recording": False}, "disabled"),
-        ({"busy": True}, "in use"),
-        ({"granularity": GRANULARITY // 2}, "has granularity 32768, not 65536"),
-        ({"granularity": GRANULARITY * 2}, "has granularity 131072, not 65536"),
-        (None, "is not there"),
-    ],
-    ids=str,
-)
-def test_a_bitmap_is_a_base_only_if_it_holds_every_write(change: dict[str, Any] | None, reason: str) -> None:
-    bitmap = None if change is None else GOOD | change
-    said = unusable(bitmap)
-    assert reason in said
-    assert bool(reason) == bool(said)
-    point = plan(_disk(bitmap), "nas", NEW, Base(OLD, SIZE))
-    name = bitmap_name("nas", OLD)
-    if reason:
-        assert point == Checkpoint(bitmap_name("nas", NEW), None, "invalid", f"the bitmap {name} {said}")
-    else:
-        assert point == Checkpoint(bitmap_name("nas", NEW), name, "reuse", "")
-
-
-def test_without_a_committed_base_a_bitmap_that_is_there_means_nothing() -> None:
-    point = plan(_disk(GOOD), "nas", NEW, None)
-    assert (point.base, point.status) == (None, "new")
-
-
-def test_a_target_has_no_claim_on_bitmaps_that_only_look_like_its_own() -> None:
-    names = ["foreign", "nas", f"nas-{OLD}", f"qfsbackup-nas-x-{OLD}", f"qfsbackup-nas-{OTHER}-{OLD}", "qfsbackup-nas-"]
-    names += [f"qfsbackup-nasx{OLD}", f"qfsbackup-nas-{OLD}x", f"qfsbackup-nas-{OLD[1:]}", f"qfsbackup-n.s-{OLD}"]
-    bitmaps = tuple({"name": name} for name in [*names, bitmap_name("nas", OLD)])
-    assert of_target([_node(bitmaps)], "nas") == [("vda-node", OLD, {"name": bitmap_name("nas", OLD)})]
-    assert [generation for _, generation, _ in of_target([_node(({"name": f"qfsbackup-nas-{OLD}"},))], "n.s")] == []
-
-
-def _disk(bitmap: Mapping[str, Any] | None) -> GraphDisk:
-    return GraphDisk("vda", "/machine/vda", "virtio-blk-device", False, False, (_node((bitmap,) if bitmap else ()),))
-
-
-def _node(bitmaps: tuple[Mapping[str, Any], ...]) -> Node:
-    return Node("vda-node", "qcow2", SIZE, False, "/vda.qcow2", {}, bitmaps)
-
-
-# ---- QEMU's own ----
 
 
 def source(

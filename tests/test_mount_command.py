@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""mount(8), fstab, and what `qfsbackup status` says of a mount."""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.harness.mount import (
+    DONE,
+    PROGRAM,
+    aside,
+    command,
+    is_mounted,
+    mounted,
+    qfsbackup,
+)
+from tests.harness.vm import Vm
+
+# ---- mount(8) and fstab ----
+
+
+@pytest.fixture
+def helper() -> Path:
+    """/sbin/mount.qfsbackup, where mount(8) looks, as `./run setup` links it (another checkout may have, since)."""
+    link, ours = Path("/sbin/mount.qfsbackup"), PROGRAM.with_name("mount.qfsbackup")
+    if link.resolve() != ours.resolve():
+        new = link.with_name(f"mount.qfsbackup.{os.getpid()}")
+        new.symlink_to(ours)
+        new.rename(link)
+    return link
+
+
+@pytest.mark.one_qemu
+@pytest.mark.usefixtures("helper")
+async def test_mount_8_mounts_and_unmounts(vm: Vm, directory: Path) -> None:
+    options = "ro,noauto,nofail,_netdev,x-systemd.automount,disks=vdb,mode=440"
+    assert await command("mount", "-t", "qfsbackup", vm.qmp, directory, "-o", options) == DONE
+    assert await aside(os.listdir, directory / "images") == ["vdb.raw"]
+    found = await command("findmnt", "-n", "-o", "FSTYPE,SOURCE", directory)
+    assert found.stdout.split() == ["fuse.qfsbackup", str(vm.qmp)]
+    async with left_as_it_was_without_mount(vm, directory):
+        assert await command("umount", directory) == DONE
+
+
+@contextlib.asynccontextmanager
+async def left_as_it_was_without_mount(vm: Vm, directory: Path) -> AsyncIterator[None]:
+    """After the block there is no mount, and soon no filter in QEMU."""
+    yield
+    assert not is_mounted(directory)
+    with trio.fail_after(20):
+        while (await qfsbackup("cleanup", vm.qmp)).code != 0:
+            pass
+
+
+@pytest.mark.one_qemu
+@pytest.mark.usefixtures("helper")
+async def test_fstab_mounts_and_a_failure_has_two_lines_and_32(vm: Vm, directory: Path, tmp_path: Path) -> None:
+    fstab = tmp_path / "fstab"
+    fstab.write_text(f"{vm.qmp} {directory} qfsbackup defaults,rw,exclude=vda,x-systemd.requires=vm.service 0 0\n")
+    assert await command("mount", "-a", "-T", fstab) == DONE
+    assert await aside(os.listdir, directory / "images") == ["vdb.raw"]
+    assert await qfsbackup("umount", directory) == DONE
+    (await command("mount", "-t", "qfsbackup", tmp_path / "none.qmp", directory)).refused(32, "none.qmp")
+    wrong = await command("mount", "-t", "qfsbackup", vm.qmp, directory, "-o", "nope=1")
+    wrong.refused(1, "unknown option: nope")
+
+
+# ---- status ----
+
+DISK_KEYS = {"size", "data", "dirty", "bitmap", "nbd_bytes", "nbd_requests", "read_bytes", "read_errors", "punched"}
+DISK_KEYS |= {"trimmed", "fleecing_used"}
+KEYS = {"format", "source", "mountpoint", "pid", "ppid", "vm", "instant", "frozen", "pause_ms", "state", "broken"}
+KEYS |= {"vm_gone", "fleecing", "disks"}
+
+
+@pytest.mark.one_qemu
+async def test_status_has_its_shape(vm: Vm, directory: Path) -> None:
+    async with mounted(vm.qmp, directory) as mount:
+        await aside(mount.image("vda").read_bytes)
+        listed = json.loads((await qfsbackup("status", directory, "--json")).stdout)
+        text = await qfsbackup("status", directory)
+        everywhere = await qfsbackup("status")
+    [status] = listed
+    assert (status["format"], status["state"], status["broken"], status["vm_gone"]) == (1, "ready", None, None)
+    assert status.keys() >= KEYS
+    assert (status["source"], status["mountpoint"]) == (str(vm.qmp), str(directory))
+    assert status["fleecing"].keys() >= {"used", "free", "limit"}
+    assert set(status["disks"]) == {"vda", "vdb"}
+    assert status["disks"]["vda"].keys() >= DISK_KEYS
+    assert status["disks"]["vda"]["read_bytes"] == status["disks"]["vda"]["size"] == 4 << 20
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", status["instant"])
+    assert text.stdout.startswith(f"{directory}  {vm.qmp}  ready\n")
+    assert "  vda: 4 MiB, data 260 KiB, dirty 4 MiB (none); read 4 MiB, " in text.stdout
+    assert str(directory) in everywhere.stdout

@@ -21,7 +21,6 @@ import trio
 from qfsbackup.errors import EXIT_SYSTEM, FsError, UserError
 from qfsbackup.fs.grid import Grid, plan
 from qfsbackup.model import Base, CheckpointRequest, Disk, Snapshot
-from qfsbackup.ranges import RangeSet
 from qfsbackup.state.store import DiskState, Store, open_store
 from qfsbackup.status import Status
 
@@ -63,24 +62,14 @@ class Chain:
         """The time of what has changed in this mount, in nanoseconds; stored before anybody can see it."""
         return self.store.begin(self._target, snapshot.instant)
 
-    def dirty(self, snapshot: Snapshot, disks: Sequence[Disk]) -> dict[str, RangeSet]:
-        """What changed since the base, by the disk's name: with what was added to a disk, which no bitmap records."""
-        bases = self.store.bases(self._target)
-        return {
-            export.disk: disk.dirty | RangeSet([(bases[export.disk].size, disk.size)])
-            if export.bitmap == "reuse"
-            else disk.dirty
-            for export, disk in zip(snapshot.exports, disks, strict=True)
-        }
-
-    def grids(self, snapshot: Snapshot, time: int, dirty: Mapping[str, RangeSet]) -> dict[str, Grid]:
+    def grids(self, snapshot: Snapshot, time: int, disks: Sequence[Disk]) -> dict[str, Grid]:
         """How each disk is cut, and when its chunks changed; noted for the commit."""
         committed = self.store.disks(self._target)
         grids = {}
-        for export in snapshot.exports:
+        for export, disk in zip(snapshot.exports, disks, strict=True):
             old = committed.get(export.disk)  # also where all is dirty: the chunk size stays
             base = Grid(old.size, old.chunk, old.times) if old else None
-            grid = plan(export.size, dirty[export.disk], time, base, self._chunk)
+            grid = plan(export.size, disk.dirty, time, base, self._chunk)
             grids[export.disk] = grid
             if export.bitmap != "none":
                 self._next[export.disk] = DiskState(

@@ -32,6 +32,7 @@ class Export:
     request_unit: int | None = None  # no read may cross a multiple of this: it could return what was written since
     copied: Callable[[], RangeSet] | None = None  # what may be reported as zero although it is data: look after asking
     allocation: bool = True  # may the server be asked what is zero
+    low_water: int | None = None  # from here on all is dirty, whatever the context says: the disk was resized
     bitmap: BitmapStatus = "none"
     bitmap_reason: str = ""  # why, where the status is `new` or `invalid`
     details: Mapping[str, object] = field(default_factory=dict)  # what vm.json adds to the disk's entry
@@ -42,7 +43,7 @@ class Base:
     """What a disk was when a target was last committed: where its next incremental backup starts."""
 
     generation: str  # names the bitmap that has recorded since: `qfsbackup-<target>-<generation>`
-    size: int  # of the disk at that time; what was added behind it counts as dirty
+    size: int  # of the disk at that time
 
 
 @dataclass(frozen=True, slots=True)

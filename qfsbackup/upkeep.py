@@ -19,7 +19,7 @@ from qfsbackup.runtime import sweep
 from qfsbackup.sources.qemu import qmp_path, vm_name
 from qfsbackup.sources.uri import is_nbd_uri
 from qfsbackup.state.store import DiskState, Store, open_store
-from qfsbackup.vm.bitmaps import bitmap_name, find, remove_leftovers, unusable
+from qfsbackup.vm.bitmaps import bitmap_name, count, remove_leftovers, unusable
 from qfsbackup.vm.cleanup import cleanup
 from qfsbackup.vm.graph import Disk, Machine, look
 from qfsbackup.vm.qmp import Qmp, QmpError, connect
@@ -92,9 +92,11 @@ async def _committed(options: Options, path: Path, qmp: Qmp) -> list[Committed]:
 
 
 def _describe(target: str, name: str, state: DiskState, disk: Disk | None) -> Committed:
-    bitmap = find(disk.format, bitmap_name(target, state.generation)) if disk and disk.chain else None
-    reason = unusable(bitmap) if disk else "the VM has no such disk now"
-    dirty = None if reason or bitmap is None else int(bitmap["count"])
+    dirty, reason = None, "the VM has no such disk now"
+    if disk and disk.chain:
+        bitmap = bitmap_name(target, state.generation)
+        reason = unusable(disk.format, bitmap)
+        dirty = None if reason else count(disk.format, bitmap)
     return Committed(target, name, state.generation, state.instant, state.size, dirty, reason)
 
 

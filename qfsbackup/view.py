@@ -30,17 +30,13 @@ async def make_tree(
     _note(status, snapshot, chain, options)
     time = chain.begin(snapshot) if chain else snapshot.instant
     if chain:
-        dirty = chain.dirty(snapshot, disks)
-        grids = chain.grids(snapshot, time, dirty)
+        grids = chain.grids(snapshot, time, disks)
     else:
-        dirty = {export.disk: disk.dirty for export, disk in zip(snapshot.exports, disks, strict=True)}
         grids = {one.disk: plan(one.size, RangeSet(), time, chunk=options.chunk) for one in snapshot.exports}
-    for name, changed in dirty.items():
-        status.disks[name].dirty = changed.total()
     for export, disk in zip(snapshot.exports, disks, strict=True):
         if export.bitmap == "reuse":
             disk.keep_to(RangeSet([(0, disk.size)]) - grids[export.disk].other_than(time))
-    shown = _shown(snapshot, disks, chain, dirty, grids, status)
+    shown = _shown(snapshot, disks, chain, grids, status)
     images = options.access == "full"
     if not images:
         await _leave_out_clean(shown, grids)
@@ -59,7 +55,6 @@ def _shown(
     snapshot: Snapshot,
     disks: Sequence[Disk],
     chain: Chain | None,
-    dirty: Mapping[str, RangeSet],
     grids: Mapping[str, Grid],
     status: Status,
 ) -> list[ShownDisk]:
@@ -67,7 +62,7 @@ def _shown(
         ShownDisk(
             name=export.disk,
             number=chain.store.disk_number(export.disk) if chain else place,
-            frozen=FrozenDisk(disk, status, status.disks[export.disk], dirty[export.disk]),
+            frozen=FrozenDisk(disk, status, status.disks[export.disk]),
             grid=grids[export.disk],
         )
         for place, (export, disk) in enumerate(zip(snapshot.exports, disks, strict=True))

@@ -3,7 +3,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from tests.harness.agent import ask
 from tests.harness.disk import MIB, Disk
 from tests.harness.files import allocated, assert_same, data_extents, first_difference, make_random
 from tests.harness.monitor import QmpError, connected
+from tests.harness.mount import aside
 from tests.harness.nbd_server import make_certificates, nbdkit, qemu_nbd, storage_daemon
 from tests.harness.pattern import PatternError, count_sectors, last_of_prefix
 from tests.harness.process import CrashError, running
@@ -92,19 +92,18 @@ async def test_qemu_ends_with_the_process_that_started_it(tmp_path: Path) -> Non
         "from pathlib import Path\n"
         "from tests.harness.process import running\n"
         "async def main():\n"
-        "    async with running(['sleep', 'infinity'], Path(sys.argv[1])) as process:\n"
-        "        print(process.pid, flush=True)\n"
+        "    async with running(['sh', '-c', 'echo $$ > fifo; exec sleep infinity'], Path('log')):\n"
         "        await trio.sleep_forever()\n"
         "trio.run(main)\n"
     )
     root = str(CACHE.parent)
-    command = [sys.executable, str(parent), str(tmp_path / "log")]
+    os.mkfifo(tmp_path / "fifo")
     environment = {**os.environ, "PYTHONPATH": root}
     async with trio.open_nursery() as nursery:
         process = await nursery.start(
-            partial(trio.run_process, command, env=environment, stdout=subprocess.PIPE, check=False)
+            partial(trio.run_process, [sys.executable, parent], env=environment, cwd=tmp_path, check=False)
         )
-        child = os.pidfd_open(int(await process.stdout.receive_some()))
+        child = os.pidfd_open(int(await aside((tmp_path / "fifo").read_text)))
         process.kill()
         with trio.fail_after(10):
             await trio.lowlevel.wait_readable(child)

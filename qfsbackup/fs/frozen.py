@@ -35,8 +35,7 @@ REACH = 4 << 20
 class FrozenDisk:
     """The bytes of `disk`; `status` is the whole mount's, `figures` this disk's."""
 
-    def __init__(self, disk: Disk, status: Status, figures: DiskStatus, dirty: RangeSet | None = None) -> None:
-        """`dirty` where more is dirty than the disk itself knows."""
+    def __init__(self, disk: Disk, status: Status, figures: DiskStatus) -> None:
         self._disk = disk
         self._status = status
         self._figures = figures
@@ -45,7 +44,7 @@ class FrozenDisk:
         self.punched = RangeSet()
         self.allocated = disk.data
         self.data = disk.data.copy()
-        self.dirty = disk.dirty if dirty is None else dirty
+        self.dirty = disk.dirty
         self.size = disk.size
         self.can_trim = disk.can_trim
 

@@ -247,6 +247,8 @@ async def open_disk(
     dirty = RangeSet([(0, export.size)])
     if export.dirty_context:
         dirty = await extents.dirty(export.uri, export.size, export.dirty_context)
+    if export.low_water is not None:
+        dirty.add(export.low_water, export.size)
     data = await _allocation(export)
     status.data, status.dirty = data.total(), dirty.total()
     async with pool(export.uri, export.size, connections, status, bandwidth, lost, export.request_unit) as opened:

@@ -165,6 +165,7 @@ class QemuSource:
             request_unit=served.request_unit,
             copied=served.fleecing.copied if served.fleecing and served.request_unit else None,
             allocation=served.allocation,
+            low_water=point.low_water if point and point.base else None,
             bitmap=point.status if point else "none",
             bitmap_reason=point.reason if point else "",
             details={

@@ -6,8 +6,9 @@
                                  base copied to the map '--> exported, on a node of ours
 
 Bitmap `qfsbackup-<target>-<generation>` holds every write since that generation's instant, whatever dies meanwhile.
-Which generation counts is for the state store to say; a bitmap of this target that it does not name is a leftover. The
-map is a copy on our own node, because a resize of the guest's disk aborts QEMU while a bitmap of its node is exported.
+Beside it, `...-<generation>.low` tells what was cut off since (see low_water). Which generation counts is for the state
+store to say; a bitmap of this target that it does not name is a leftover. The map is a copy on our own node, because a
+resize of the guest's disk aborts QEMU while a bitmap of its node is exported.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from qfsbackup.model import CLUSTER, Base, BitmapStatus
 from qfsbackup.vm.graph import Disk, Node, look_at_nodes
+from qfsbackup.vm.low_water import add_all_set, low_water, marking
 from qfsbackup.vm.node import undoing
 from qfsbackup.vm.owner import PREFIX
 from qfsbackup.vm.qmp import Qmp, QmpRefusedError
@@ -41,6 +43,7 @@ class Checkpoint:
     base: str | None  # the bitmap to copy into the map; None: everything is dirty
     status: BitmapStatus
     reason: str
+    low_water: int = 0  # bytes: from here on the base says nothing, for the disk was cut off or has grown
 
 
 @dataclass(slots=True)
@@ -55,16 +58,22 @@ def bitmap_name(target: str, generation: str) -> str:
     return f"{PREFIX}{target}-{generation}"
 
 
+def low_name(name: str) -> str:
+    """The name of what stands beside the bitmap `name`, for what was cut off from the disk."""
+    return f"{name}.low"
+
+
 def plan(disk: Disk, target: str, generation: str, base: Base | None) -> Checkpoint:
     """How the disk's backup starts from `base`, which the state store knows; None where it knows nothing."""
     new = bitmap_name(target, generation)
     if base is None:
         return Checkpoint(new, None, "new", "no backup of this disk was committed to the target yet")
     name = bitmap_name(target, base.generation)
-    problem = unusable(find(disk.format, name))
+    problem = unusable(disk.format, name)
     if problem:
         return Checkpoint(new, None, "invalid", f"the bitmap {name} {problem}")
-    return Checkpoint(new, name, "reuse", "")
+    low = low_water(find(disk.format, low_name(name)), base.size)
+    return Checkpoint(new, name, "reuse", "", low or 0)
 
 
 def find(node: Node, name: str) -> Mapping[str, Any] | None:
@@ -72,8 +81,15 @@ def find(node: Node, name: str) -> Mapping[str, Any] | None:
     return next((bitmap for bitmap in node.bitmaps if bitmap.get("name") == name), None)
 
 
-def unusable(bitmap: Mapping[str, Any] | None) -> str:
-    """Why it does not hold every write since its generation; empty where it does."""
+def count(node: Node, name: str) -> int | None:
+    """How many bytes the node's bitmap of that name calls dirty; None where there is no such bitmap."""
+    bitmap = find(node, name)
+    return None if bitmap is None else int(bitmap["count"])
+
+
+def unusable(node: Node, name: str) -> str:
+    """Why the node's bitmap of that name does not hold every change since its generation; empty where it does."""
+    bitmap = find(node, name)
     if bitmap is None:
         return "is not there: QEMU was restarted or crashed, or the image was changed"
     if bitmap.get("inconsistent"):
@@ -84,12 +100,14 @@ def unusable(bitmap: Mapping[str, Any] | None) -> str:
         return "is in use by another backup or export"
     if bitmap["granularity"] != GRANULARITY:
         return f"has granularity {bitmap['granularity']}, not {GRANULARITY}"
+    if low_water(find(node, low_name(name)), 0) is None:
+        return "has lost its companion, which tells of resizes"
     return ""
 
 
 def of_target(nodes: Collection[Node], target: str) -> list[tuple[str, str, Mapping[str, Any]]]:
     """Every bitmap of a target: node, generation, what QEMU says of it."""
-    pattern = re.compile(f"{re.escape(PREFIX + target)}-({GENERATION})")
+    pattern = re.compile(rf"{re.escape(PREFIX + target)}-({GENERATION})(?:\.low)?")
     return [
         (node.name, match[1], bitmap)
         for node in nodes
@@ -112,11 +130,31 @@ async def remove_leftovers(qmp: Qmp, target: str, committed: Collection[str]) ->
 
 
 @asynccontextmanager
-async def recording(qmp: Qmp, checkpoints: Sequence[tuple[Disk, Checkpoint]]) -> AsyncIterator[Kept]:
-    """The new bitmaps, from now on; at the end they go, unless the yielded object says that they stay."""
-    state = Kept()
+async def low_water_marks(qmp: Qmp, checkpoints: Sequence[tuple[Disk, Checkpoint]], state: Kept) -> AsyncIterator[None]:
+    """What tells how small each disk was from now on; at the end they go, unless `state` says that they stay."""
+    try:
+        for size in sorted({disk.format.size for disk, _ in checkpoints}):
+            async with marking(qmp, size) as source:
+                actions = [
+                    action
+                    for disk, checkpoint in checkpoints
+                    if disk.format.size == size
+                    for action in add_all_set(
+                        disk.format.name, low_name(checkpoint.new), GRANULARITY, _persistent(disk), source
+                    )
+                ]
+                await qmp.execute("transaction", {"actions": actions})
+        yield
+    finally:
+        if not state.kept:
+            await _remove(qmp, [(disk.format.name, low_name(checkpoint.new)) for disk, checkpoint in checkpoints])
+
+
+@asynccontextmanager
+async def recording(qmp: Qmp, checkpoints: Sequence[tuple[Disk, Checkpoint]], state: Kept) -> AsyncIterator[None]:
+    """The new bitmaps, from now on; at the end they go, unless `state` says that they stay."""
     if not checkpoints:
-        yield state
+        yield
         return
     actions = [
         {
@@ -125,14 +163,14 @@ async def recording(qmp: Qmp, checkpoints: Sequence[tuple[Disk, Checkpoint]]) ->
                 "node": disk.format.name,
                 "name": checkpoint.new,
                 "granularity": GRANULARITY,
-                "persistent": disk.format.driver in PERSISTENT,
+                "persistent": _persistent(disk),
             },
         }
         for disk, checkpoint in checkpoints
     ]
     try:
         await qmp.execute("transaction", {"actions": actions})
-        yield state
+        yield
     finally:
         if not state.kept:
             await _remove(qmp, [(disk.format.name, checkpoint.new) for disk, checkpoint in checkpoints])
@@ -153,7 +191,12 @@ async def copy_maps(qmp: Qmp, maps: Sequence[tuple[str, Disk, Checkpoint]]) -> N
 async def keep(qmp: Qmp, state: Kept, checkpoints: Sequence[tuple[Disk, Checkpoint]]) -> None:
     """The new bitmaps stay, the bases go. The state store must name the new generation already."""
     state.kept = True
-    await _remove(qmp, [(disk.format.name, point.base) for disk, point in checkpoints if point.base])
+    bases = [(disk.format.name, point.base) for disk, point in checkpoints if point.base]
+    await _remove(qmp, [(node, name) for node, base in bases for name in (base, low_name(base))])
+
+
+def _persistent(disk: Disk) -> bool:
+    return disk.format.driver in PERSISTENT
 
 
 async def _remove(qmp: Qmp, bitmaps: Sequence[tuple[str, str]]) -> None:

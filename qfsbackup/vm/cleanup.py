@@ -16,6 +16,7 @@ from qfsbackup.vm.agent import AgentError
 from qfsbackup.vm.fleecing import remove_fdsets
 from qfsbackup.vm.freeze import thaw_leftover
 from qfsbackup.vm.graph import look_at_nodes
+from qfsbackup.vm.low_water import LOW_WATER
 from qfsbackup.vm.node import remove_node, take_out
 from qfsbackup.vm.owner import OWNER, PREFIX, STOPPED, living_owner, resume
 from qfsbackup.vm.qmp import Qmp
@@ -25,7 +26,7 @@ from qfsbackup.vm.snapshot import ACCESS, FILTER, FLEECING
 log = logging.getLogger(__name__)
 
 # What stands on others goes first; the owner's mark goes last, so that an interrupted clean-up can be repeated.
-ORDER = (ACCESS, FILTER, FLEECING, OWNER)
+ORDER = (ACCESS, FILTER, FLEECING, LOW_WATER, OWNER)
 
 
 async def cleanup(qmp: Qmp, agent: Path | None = None) -> list[str]:

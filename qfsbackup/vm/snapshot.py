@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import trio
 
 from qfsbackup.errors import UserError
 from qfsbackup.model import CLUSTER
-from qfsbackup.vm.bitmaps import MAP, Checkpoint, Kept, copy_maps, keep, recording
+from qfsbackup.vm.bitmaps import MAP, Checkpoint, Kept, copy_maps, keep, low_water_marks, recording
 from qfsbackup.vm.fleecing import FleecingFile, check_space, fleecing_file
 from qfsbackup.vm.freeze import Freeze, Frozen, frozen
 from qfsbackup.vm.graph import Disk, Machine
@@ -92,7 +92,10 @@ async def take(
             file = fleecing_file(qmp, fleece, f"{FLEECING}{number}", disk.root.size)
             files[number] = await stack.enter_async_context(file)
             await stack.enter_async_context(node(qmp, _filter(machine, number, disk)))
-        moment = await _instant(qmp, writable, checkpoints, freeze, stack)
+        started = [(disk, checkpoints[disk.name]) for disk in writable.values() if disk.name in checkpoints]
+        kept = Kept()
+        await stack.enter_async_context(low_water_marks(qmp, started, kept))
+        moment = await _instant(qmp, writable, checkpoints, freeze, stack, recording(qmp, started, kept))
         for number in writable:
             await stack.enter_async_context(node(qmp, _access(number)))
         await stack.enter_async_context(nbd_server(qmp, listener))
@@ -102,7 +105,7 @@ async def take(
             _served(machine, number, disk, files.get(number), checkpoints.get(disk.name))
             for number, disk in enumerate(disks)
         )
-        keeping = partial(keep, qmp, moment.kept, [(one.disk, one.checkpoint) for one in served if one.checkpoint])
+        keeping = partial(keep, qmp, kept, started)
         yield Taken(moment.instant, moment.held, moment.pause_ms, served, keeping)
 
 
@@ -119,7 +122,6 @@ class _Moment:
     instant: int = 0
     pause_ms: float = 0.0
     held: bool = False
-    kept: Kept = field(default_factory=Kept)
 
 
 async def _instant(
@@ -128,6 +130,7 @@ async def _instant(
     checkpoints: Mapping[str, Checkpoint],
     freeze: Freeze,
     stack: AsyncExitStack,
+    recorded: AbstractAsyncContextManager[None],
 ) -> _Moment:
     """The moment itself. What it pushes on `stack` takes the filters out of the guest's way again.
 
@@ -135,14 +138,13 @@ async def _instant(
     too much rather than too little.
     """
     moment = _Moment()
-    started = [(disk, checkpoints[disk.name]) for disk in writable.values() if disk.name in checkpoints]
     maps = [(f"{FLEECING}{number}", disk, checkpoints.get(disk.name)) for number, disk in writable.items()]
     async with frozen(freeze, running=await _running(qmp)) as state, AsyncExitStack() as pause:
         if not state.frozen and len(writable) > 1 and await _running(qmp):
             await pause.enter_async_context(_stopped(qmp, moment))
         moment.instant = time.time_ns()
         with _deadline(state):
-            moment.kept = await stack.enter_async_context(recording(qmp, started))
+            await stack.enter_async_context(recorded)
             for number, disk in writable.items():
                 await stack.enter_async_context(inserted(qmp, disk, f"{FILTER}{number}"))
             await copy_maps(qmp, [(target, disk, point) for target, disk, point in maps if point and point.base])

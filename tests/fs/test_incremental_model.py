@@ -3,8 +3,8 @@
 
 A machine writes, is resized and restarted; two targets back it up, each with a tool of its own: mounts are read whole
 or in part, committed, rolled back or killed at any point; the state is lost, the clock set back. Store, times and tree
-are the real ones; the disk's bytes are in memory, and its bitmaps are modelled as QEMU has them: what a resize adds is
-not marked.
+are the real ones; the disk's bytes are in memory, and its bitmaps are modelled as QEMU has them: what a resize cuts
+off or adds is not marked.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from qfsbackup.model import Base, Snapshot
 from qfsbackup.ranges import RangeSet
 from qfsbackup.state.store import DiskState, Store, open_store
 from qfsbackup.status import Status
+from qfsbackup.vm.low_water import low_water
 from tests.fs.memory import MemoryDisk, frozen
 from tests.fs.model import CHUNK, LARGEST, SECOND, Mount, Tool, walk
 
@@ -47,6 +48,7 @@ class Machine(RuleBasedStateMachine):
         self.content = bytearray(self.random.randbytes(3 * CHUNK + 512))
         self.clock = 1_700_000_000 * SECOND
         self.bitmaps: dict[tuple[str, str], RangeSet] = {}
+        self.left: dict[tuple[str, str], int] = {}  # bytes of the low-water marks
         self.mounts: dict[str, Mount] = {}
         self.generations = 0
         self.tools = {name: [Tool(whole=True)] + ([] if self.lossy else [Tool(whole=False)]) for name in TARGETS}
@@ -58,18 +60,23 @@ class Machine(RuleBasedStateMachine):
 
     @rule(where=st.floats(0, 1), length=st.integers(1, 2 * CHUNK), zero=st.booleans())
     def write(self, where: float, length: int, zero: bool) -> None:
-        start = int(where * (len(self.content) - 1))
+        start = int(where * max(len(self.content) - 1, 0))
         end = min(start + length, len(self.content))
         self.content[start:end] = bytes(end - start) if zero else self.random.randbytes(end - start)
         for bitmap in self.bitmaps.values():
             bitmap.add(start, end)
 
     @rule(sectors=st.integers(SMALLEST // 512, LARGEST // 512), whole=st.booleans())
-    @precondition(lambda self: not self.mounts)
     def resize(self, sectors: int, whole: bool) -> None:
-        """Never smaller: QEMU does not record what was cut off and added again."""
+        """A cut ends with a cluster, for a smaller one in the last cluster leaves no trace."""
         size = -(-sectors * 512 // CHUNK) * CHUNK if whole else sectors * 512
-        self.content += bytes(max(size - len(self.content), 0))
+        if size < len(self.content):
+            size = size // CHUNK * CHUNK
+            del self.content[size:]
+        self.content += bytes(size - len(self.content))
+        for key, bitmap in self.bitmaps.items():
+            bitmap.remove(size, LARGEST)
+            self.left[key] = min(self.left[key], -(-size // CHUNK) * CHUNK)
 
     @rule(persistent=st.booleans())
     def restart(self, persistent: bool) -> None:
@@ -111,6 +118,7 @@ class Machine(RuleBasedStateMachine):
             self.generations += 1
             generation = str(self.generations)
             self.bitmaps[to, generation] = RangeSet()
+            self.left[to, generation] = -(-len(self.content) // CHUNK) * CHUNK
             self.mounts[to] = self._show(store, to, generation, committed)
 
     def _remove_leftovers(self, target: str, base: Base | None) -> None:
@@ -123,8 +131,9 @@ class Machine(RuleBasedStateMachine):
         dirty = self.bitmaps.get((target, committed.generation)) if committed else None
         dirty = RangeSet([(0, size)]) if dirty is None else dirty.copy()
         base = Grid(committed.size, committed.chunk, committed.times) if committed else None
-        if base:
-            dirty.add(base.size, size)
+        if committed and (target, committed.generation) in self.bitmaps:
+            mark = {"count": self.left[target, committed.generation], "granularity": CHUNK}
+            dirty.add(low_water(mark, committed.size) or 0, size)
         time = store.begin(target, instant)
         grid = plan(size, dirty, time, base, CHUNK)
         disk = frozen(MemoryDisk(bytes(self.content), dirty=dirty))

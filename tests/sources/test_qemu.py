@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """A running VM as a source: what it tells about its snapshot, and what becomes of it when QEMU goes away."""
 
+import contextlib
 import json
 import signal
 import time
@@ -97,6 +98,17 @@ async def test_a_vm_that_hangs_does_not_keep_the_end_waiting(paused_vm: Vm, tmp_
         start = trio.current_time()
     assert trio.current_time() - start < qmp_module.COMMAND_TIMEOUT + 10
     paused_vm.process.send(signal.SIGCONT)
+    await _free(paused_vm.qmp)
     async with make_source(paused_vm, tmp_path).snapshot():
         pass
     assert await held(paused_vm) == before
+
+
+async def _free(socket: Path) -> None:
+    """Wait until QEMU has done with the connections that were made while it hung."""
+    with trio.fail_after(20):
+        while True:
+            with contextlib.suppress(UserError):
+                async with qmp_module.connect(socket, on_gone=print):
+                    return
+            await trio.lowlevel.checkpoint()

@@ -5,11 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qfsbackup.model import Base
-from qfsbackup.vm.bitmaps import GRANULARITY, Checkpoint, bitmap_name, of_target, plan, unusable
+from qfsbackup.vm.bitmaps import GRANULARITY, Checkpoint, bitmap_name, low_name, of_target, plan, unusable
 from qfsbackup.vm.graph import Disk as GraphDisk
 from qfsbackup.vm.graph import Node
+from qfsbackup.vm.low_water import low_water
 
 SIZE = 16 << 20
 OLD, NEW, OTHER = "0" * 15 + "a", "0" * 15 + "b", "0" * 15 + "c"
@@ -21,6 +24,7 @@ GOOD: dict[str, Any] = {
     "granularity": GRANULARITY,
     "count": 0,
 }
+COMPANION = GOOD | {"name": low_name(bitmap_name("nas", OLD)), "recording": False, "count": SIZE}
 
 
 @pytest.mark.parametrize(
@@ -41,20 +45,42 @@ GOOD: dict[str, Any] = {
     ids=str,
 )
 def test_a_bitmap_is_a_base_only_if_it_holds_every_write(change: dict[str, Any] | None, reason: str) -> None:
-    bitmap = None if change is None else GOOD | change
-    said = unusable(bitmap)
+    bitmaps = (COMPANION,) if change is None else (GOOD | change, COMPANION)
+    name = bitmap_name("nas", OLD)
+    said = unusable(_node(bitmaps), name)
     assert reason in said
     assert bool(reason) == bool(said)
-    point = plan(_disk(bitmap), "nas", NEW, Base(OLD, SIZE))
-    name = bitmap_name("nas", OLD)
+    point = plan(_disk(*bitmaps), "nas", NEW, Base(OLD, SIZE))
     if reason:
         assert point == Checkpoint(bitmap_name("nas", NEW), None, "invalid", f"the bitmap {name} {said}")
     else:
-        assert point == Checkpoint(bitmap_name("nas", NEW), name, "reuse", "")
+        assert point == Checkpoint(bitmap_name("nas", NEW), name, "reuse", "", SIZE)
+
+
+@pytest.mark.parametrize("change", [None, {"recording": True}, {"inconsistent": True}], ids=str)
+def test_a_bitmap_without_its_companion_is_no_base(change: dict[str, Any] | None) -> None:
+    companion = () if change is None else (COMPANION | change,)
+    point = plan(_disk(GOOD, *companion), "nas", NEW, Base(OLD, SIZE))
+    assert (point.base, point.status) == (None, "invalid")
+    assert "resizes" in point.reason
+
+
+@given(size=st.integers(1, 1 << 43), lower=st.integers(0, 1 << 43), now=st.integers(0, 1 << 43))
+def test_all_that_a_resize_may_have_changed_lies_behind_the_low_water_mark(size: int, lower: int, now: int) -> None:
+    """Cut to `lower`, then grown or cut to `now`: QEMU keeps the bits of the clusters that begin before the end."""
+    lowest = min(size, lower, now)
+    left = -(-lowest // GRANULARITY) * GRANULARITY
+    found = low_water(COMPANION | {"count": left}, size)
+    assert found is not None
+    if left < size:
+        assert found <= lowest
+        assert lowest - found <= GRANULARITY
+    else:
+        assert found == size, "nothing, or less than a cluster, was cut off"
 
 
 def test_without_a_committed_base_a_bitmap_that_is_there_means_nothing() -> None:
-    point = plan(_disk(GOOD), "nas", NEW, None)
+    point = plan(_disk(GOOD, COMPANION), "nas", NEW, None)
     assert (point.base, point.status) == (None, "new")
 
 
@@ -66,8 +92,8 @@ def test_a_target_has_no_claim_on_bitmaps_that_only_look_like_its_own() -> None:
     assert [generation for _, generation, _ in of_target([_node(({"name": f"qfsbackup-nas-{OLD}"},))], "n.s")] == []
 
 
-def _disk(bitmap: Mapping[str, Any] | None) -> GraphDisk:
-    return GraphDisk("vda", "/machine/vda", "virtio-blk-device", False, False, (_node((bitmap,) if bitmap else ()),))
+def _disk(*bitmaps: Mapping[str, Any]) -> GraphDisk:
+    return GraphDisk("vda", "/machine/vda", "virtio-blk-device", False, False, (_node(bitmaps),))
 
 
 def _node(bitmaps: tuple[Mapping[str, Any], ...]) -> Node:

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Checkpoints of two disks, as the tests of bitmaps make them and look at them."""
+
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from qfsbackup.model import Base, CheckpointRequest, Export, Snapshot
+from qfsbackup.sources.qemu import QemuSource
+from qfsbackup.vm.bitmaps import bitmap_name, low_name
+from tests.harness.disk import MIB, Disk
+from tests.harness.qemu import Qemu
+from tests.harness.vm import Vm, running_vm
+from tests.vm.support import make_source
+
+OLD, NEW, OTHER = "0" * 15 + "a", "0" * 15 + "b", "0" * 15 + "c"
+SIZE = 16 * MIB
+
+
+def source(
+    vm: Vm, folder: Path, generation: str, base: str | None = None, target: str = "nas", **more: Any
+) -> QemuSource:
+    """A source that starts `generation`, from `base` on all disks if there is one."""
+    bases = {name: Base(base, SIZE) for name in ("vda", "vdb")} if base else {}
+    request = CheckpointRequest(target, generation, lambda _uuid, _name: bases)
+    return make_source(vm, folder, checkpoint=request, **more)
+
+
+async def bitmaps(vm: Vm) -> dict[str, dict[str, Any]]:
+    """What QEMU says of each bitmap on a guest's node, by `DISK NAME`."""
+    nodes = await vm.monitor.execute("query-named-block-nodes", flat=True)
+    return {
+        f"{Path(node['file']).stem} {bitmap['name']}": bitmap
+        for node in nodes
+        if node["drv"] in ("raw", "qcow2")
+        for bitmap in node.get("dirty-bitmaps", ())
+        if "name" in bitmap and not node["node-name"].startswith("qfsbackup-")  # filters have some without a name
+    }
+
+
+async def names(vm: Vm) -> set[str]:
+    return set(await bitmaps(vm))
+
+
+def of(generation: str, target: str = "nas") -> set[str]:
+    """The bitmaps of a generation on both disks."""
+    return pair("vda", generation, target) | pair("vdb", generation, target)
+
+
+def pair(disk: str, generation: str, target: str = "nas") -> set[str]:
+    """The bitmaps of a generation on one disk."""
+    name = bitmap_name(target, generation)
+    return {f"{disk} {name}", f"{disk} {low_name(name)}"}
+
+
+async def dirty(export: Export) -> list[tuple[int, int]]:
+    """Offset and length of the dirty extents that NBD tells."""
+    assert export.dirty_context is not None
+    command = ["nbdinfo", f"--map={export.dirty_context}", "--json", export.uri]
+    done = await trio.run_process(command, capture_stdout=True)
+    return [(extent["offset"], extent["length"]) for extent in json.loads(done.stdout) if extent["type"]]
+
+
+async def committed(vm: Vm, folder: Path, generation: str, base: str | None = None) -> Snapshot:
+    """Take a snapshot and commit it."""
+    async with source(vm, folder, generation, base).snapshot() as snapshot:
+        assert snapshot.keep is not None
+        await snapshot.keep()
+    return snapshot
+
+
+def said(snapshot: Snapshot) -> list[tuple[str, str | None]]:
+    """The bitmaps' status, and what the map is called."""
+    return [(export.bitmap, export.dirty_context) for export in snapshot.exports]
+
+
+FULL = ("new", None)
+INCREMENTAL = ("reuse", "qemu:dirty-bitmap:qfsbackup-map")
+
+
+@contextlib.asynccontextmanager
+async def two_disks(qemu: Qemu, folder: Path, *, legacy: bool = False, name: str = "vm") -> AsyncIterator[Vm]:
+    disks = [Disk("vda", folder / "vda.raw", SIZE, legacy=legacy)]
+    disks += [Disk("vdb", folder / "vdb.qcow2", SIZE, format="qcow2", legacy=legacy)]
+    async with running_vm(qemu, folder, disks, name=name) as vm:
+        yield vm

@@ -8,7 +8,7 @@ guest device --drive--> root node --file--> ... filters ... --file--> format nod
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qfsbackup.vm.names import Place, disk_names, qom_path
@@ -35,6 +35,7 @@ class Node:
     filename: str
     children: Mapping[str, str]
     bitmaps: tuple[Mapping[str, Any], ...]
+    jobs: tuple[str, ...] = ()  # the block jobs at work on it: directly, or on a filter that stands on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,6 @@ class Machine:
     disks: tuple[Disk, ...]
     nodes: Mapping[str, Node]
     exports: tuple[Mapping[str, Any], ...]
-    jobs: tuple[Mapping[str, Any], ...]
 
 
 async def look(qmp: Qmp) -> Machine:
@@ -91,14 +91,13 @@ async def look(qmp: Qmp) -> Machine:
         disks=await _disks(qmp, nodes),
         nodes=nodes,
         exports=tuple(await qmp.execute("query-block-exports")),
-        jobs=tuple(await qmp.execute("query-block-jobs")),
     )
 
 
 async def look_at_nodes(qmp: Qmp) -> Mapping[str, Node]:
     """All block nodes by name. Raises QmpError."""
-    children = await _children(qmp)
-    return {
+    children, jobs = await _edges(qmp)
+    found = {
         node["node-name"]: Node(
             name=node["node-name"],
             driver=node["drv"],
@@ -110,17 +109,25 @@ async def look_at_nodes(qmp: Qmp) -> Mapping[str, Node]:
         )
         for node in await qmp.execute("query-named-block-nodes", {"flat": True})
     }
+    for job, top in jobs:
+        for node in chain(found, top):
+            found[node.name] = replace(node, jobs=(*node.jobs, job))
+    return found
 
 
-async def _children(qmp: Qmp) -> Mapping[str, Mapping[str, str]]:
-    """Who stands on whom; no other query tells it. Seen in QEMU 7.2 and 10.0; it is marked unstable."""
+async def _edges(qmp: Qmp) -> tuple[Mapping[str, Mapping[str, str]], Sequence[tuple[str, str]]]:
+    """Who stands on whom, and (job's id, node's name) for the jobs; no other query tells it.
+
+    Seen in QEMU 7.2 and 10.0; it is marked unstable.
+    """
     graph = await qmp.execute("x-debug-query-block-graph")
     names = {node["id"]: node["name"] for node in graph["nodes"] if node["type"] == "block-driver"}
+    jobs = {node["id"]: node["name"] for node in graph["nodes"] if node["type"] == "block-job"}
     children: dict[str, dict[str, str]] = {}
     for edge in graph["edges"]:
         if edge["parent"] in names:
             children.setdefault(names[edge["parent"]], {})[edge["name"]] = names[edge["child"]]
-    return children
+    return children, [(jobs[edge["parent"]], names[edge["child"]]) for edge in graph["edges"] if edge["parent"] in jobs]
 
 
 async def devices(qmp: Qmp) -> list[Mapping[str, Any]]:

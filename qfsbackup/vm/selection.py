@@ -71,12 +71,17 @@ def refuse_disks(machine: Machine, disks: Iterable[Disk]) -> None:
                 f"disk {disk.name} is in an iothread, which QEMU {version} does not survive",
                 "Leave it out (exclude=), start the VM without iothread=, or use QEMU 8.2 or newer.",
             )
-        busy = {node.name for node in disk.chain}
-        if any(node.driver == "copy-before-write" for node in disk.chain) or any(
-            job["type"] == "backup" and job["device"] in busy for job in machine.jobs
-        ):
+        if any(node.driver == "copy-before-write" for node in disk.chain):
             raise UserError(
                 f"another backup of disk {disk.name} is running", "Wait for its end, or leave the disk out."
+            )
+        # A mirror watches the guest's writes in a filter of its own, which our filter would take out of the guest's
+        # way: the copy that the guest then goes on with lacks these writes (seen with QEMU 10.0).
+        jobs = sorted({job for node in disk.chain for job in node.jobs})
+        if jobs:
+            raise UserError(
+                f"a block job of disk {disk.name} is running ({', '.join(jobs)}): a backup, mirror, commit or stream",
+                "Wait for its end, or leave the disk out (exclude=).",
             )
 
 

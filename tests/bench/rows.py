@@ -37,9 +37,10 @@ ROWS = {
     "listing": Row("list and stat all chunks of the full disk, 64 KiB each", "s", False, {EXT4: 0.1}),
     "mount": Row("qfsbackup mount, both disks", "s"),
     "umount": Row("qfsbackup umount", "s"),
-    "guest-p99": Row("guest's writes, 99th percentile", "ms"),
-    "guest-max": Row("guest's writes, the longest", "ms"),
-    "guest-rate": Row("guest's writes", "per s", True),
+    "guest-median": Row("guest's synchronous writes, median", "ms"),
+    "guest-p99": Row("guest's synchronous writes, 99th percentile", "ms"),
+    "guest-max": Row("guest's synchronous writes, the longest", "ms"),
+    "guest-rate": Row("guest's synchronous writes", "per s", True),
     "guest-pause": Row("guest stopped for a snapshot", "ms"),
 }
 

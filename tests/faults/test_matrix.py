@@ -190,6 +190,30 @@ async def back_up(vm: Vm, _: Path) -> None:
     )
 
 
+async def mirror(vm: Vm, _: Path) -> None:
+    """Its filter, through which it sees the guest's writes, is not to be seen in query-block (QEMU 10.0)."""
+    await vm.monitor.execute("blockdev-add", {"driver": "null-co", "node-name": "theirs", "size": 4 * MIB})
+    await vm.monitor.execute(
+        "blockdev-mirror", {"job-id": "move", "device": "vda-node", "target": "theirs", "sync": "full"}
+    )
+    await vm.monitor.event("BLOCK_JOB_READY")
+
+
+async def commit(vm: Vm, folder: Path) -> None:
+    """Of an overlay that is in use, into what is below it."""
+    overlay = {"node-name": "vda-node", "snapshot-file": str(folder / "overlay"), "snapshot-node-name": "overlay"}
+    await vm.monitor.execute("blockdev-snapshot-sync", overlay)
+    await vm.monitor.execute("block-commit", {"job-id": "shrink", "device": "overlay"})
+    await vm.monitor.event("BLOCK_JOB_READY")
+
+
+async def stream(vm: Vm, folder: Path) -> None:
+    """Of what is below an overlay, so slowly that it does not end."""
+    overlay = {"node-name": "vda-node", "snapshot-file": str(folder / "overlay"), "snapshot-node-name": "overlay"}
+    await vm.monitor.execute("blockdev-snapshot-sync", overlay)
+    await vm.monitor.execute("block-stream", {"job-id": "flatten", "device": "overlay", "speed": 1})
+
+
 async def nothing(_vm: Vm, _folder: Path) -> None:
     """The options are the fault."""
 
@@ -206,7 +230,10 @@ class Refusal:
 REFUSALS = {
     "a foreign NBD server": Refusal(serve_nbd, "NBD server"),
     "a foreign export": Refusal(export, "theirs"),
-    "a foreign backup job": Refusal(back_up, "another backup of disk vda"),
+    "a foreign backup job": Refusal(back_up, "disk vda"),
+    "a mirror": Refusal(mirror, "block job of disk vda is running (move)"),
+    "a commit": Refusal(commit, "block job of disk vda is running (shrink)"),
+    "a stream": Refusal(stream, "block job of disk vda is running (flatten)"),
     "no agent, and it is required": Refusal(nothing, "no agent socket", "freeze=require"),
     "an agent that is absent": Refusal(nothing, "cannot be frozen", "freeze=require,agent=/nonexistent"),
     "no fleecing folder": Refusal(nothing, "no fleecing file", "fleece=/nonexistent"),

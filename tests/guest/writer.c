@@ -2,8 +2,10 @@
 /*
  * writer - keeps disks busy with content that can be checked.
  *
- *   writer    [-n COUNT] [-s SEED] [-w START:LENGTH] DEVICE...   random writes, read back now and then
- *   writer -o [-n COUNT]                              DEVICE...   ordered records, for "is a prefix" checks
+ *   writer    [-d] [-n COUNT] [-s SEED] [-w START:LENGTH] DEVICE...   random writes, read back now and then
+ *   writer -o [-d] [-n COUNT]                              DEVICE...   ordered records, for "is a prefix" checks
+ *
+ * With -d each write is on the disk (O_DSYNC: written and flushed) before the next one.
  *
  * Every sector written is self-describing (little endian words of 64 bit):
  *
@@ -114,14 +116,14 @@ static uint64_t bucket_end(unsigned bucket)
     return ((UINT64_C(16) + bucket % 16 + 1) << (top - 4)) - 1;
 }
 
-static uint64_t percentile99(void)
+static uint64_t percentile(unsigned percent)
 {
     uint64_t total = 0, seen = 0;
     for (unsigned i = 0; i < BUCKETS; i++)
         total += buckets[i];
     for (unsigned i = 0; i < BUCKETS; i++) {
         seen += buckets[i];
-        if (total && seen * 100 >= total * 99)
+        if (total && seen * 100 >= total * percent)
             return bucket_end(i) < longest ? bucket_end(i) : longest;
     }
     return 0;
@@ -148,12 +150,12 @@ static bool write_block(const struct device *device, const void *buffer, size_t 
     return done == (ssize_t)size;
 }
 
-static void open_device(struct device *device, const char *path, uint64_t start, uint64_t length)
+static void open_device(struct device *device, const char *path, int flags, uint64_t start, uint64_t length)
 {
     uint64_t size;
     struct stat status;
     device->path = path;
-    device->fd = open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
+    device->fd = open(path, O_RDWR | O_DIRECT | O_CLOEXEC | flags);
     if (device->fd < 0 || fstat(device->fd, &status) < 0)
         fail(path);
     if (!S_ISBLK(status.st_mode))
@@ -222,8 +224,9 @@ static void write_ordered(uint64_t *buffer, uint64_t sequence)
 static int report(void)
 {
     printf("{\"writes\": %" PRIu64 ", \"errors\": %" PRIu64 ", \"first_errno\": %d, \"verified\": %" PRIu64
-           ", \"verify_failures\": %" PRIu64 ", \"max_us\": %" PRIu64 ", \"p99_us\": %" PRIu64 "}\n",
-           writes, errors, first_errno, verified, wrong, longest, percentile99());
+           ", \"verify_failures\": %" PRIu64 ", \"max_us\": %" PRIu64 ", \"p50_us\": %" PRIu64
+           ", \"p99_us\": %" PRIu64 "}\n",
+           writes, errors, first_errno, verified, wrong, longest, percentile(50), percentile(99));
     return errors || wrong ? 1 : 0;
 }
 
@@ -231,10 +234,12 @@ int main(int argc, char **argv)
 {
     uint64_t count = UINT64_MAX, start = 0, length = 0;
     bool ordered = false;
-    int option;
-    while ((option = getopt(argc, argv, "on:s:w:")) != -1) {
+    int option, flags = 0;
+    while ((option = getopt(argc, argv, "don:s:w:")) != -1) {
         if (option == 'o')
             ordered = true;
+        else if (option == 'd')
+            flags = O_DSYNC;
         else if (option == 'n')
             count = strtoull(optarg, NULL, 0);
         else if (option == 's')
@@ -243,7 +248,7 @@ int main(int argc, char **argv)
             return 2;
     }
     if (optind == argc || argc - optind > MAX_DEVICES || (ordered && (start || length))) {
-        fprintf(stderr, "usage: writer [-n COUNT] [-s SEED] [-w START:LENGTH] DEVICE... | writer -o [-n COUNT] DEVICE...\n");
+        fprintf(stderr, "usage: writer [-d] [-n COUNT] [-s SEED] [-w START:LENGTH] DEVICE... | writer -o [-d] [-n COUNT] DEVICE...\n");
         return 2;
     }
     struct sigaction action = {.sa_handler = on_signal};
@@ -251,7 +256,7 @@ int main(int argc, char **argv)
     sigaction(SIGINT, &action, NULL);
     for (; optind < argc; optind++) {
         struct device *device = &devices[device_count++];
-        open_device(device, argv[optind], start, length);
+        open_device(device, argv[optind], flags, start, length);
         device->sequences = calloc(device->length / SECTOR, sizeof(uint64_t));
         if (!device->sequences)
             fail("no memory");

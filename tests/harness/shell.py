@@ -67,6 +67,7 @@ class Writes:
     verified: int = 0
     verify_failures: int = 0
     max_us: int = 0
+    p50_us: int = 0
     p99_us: int = 0
 
     def check(self) -> None:

@@ -15,6 +15,7 @@ one context: QEMU's server breaks the protocol when one of two fails (nbd/server
 
 from __future__ import annotations
 
+import errno
 import logging
 from array import array
 from collections.abc import Awaitable, Callable
@@ -134,6 +135,8 @@ class _Walker:
         except ConnectionLostError as error:
             raise UserError(f"the NBD server went away while its extents were read: {error}", SEE_SERVER) from error
         except ServerError as error:
+            if error.errno == errno.EPROTO:  # what libnbd 1.22 makes of no extents, or of one without a length
+                raise _no_extent(offset) from error
             if self._trusted:
                 raise UserError(f"the NBD server does not tell its extents: {error}", SEE_SERVER) from error
             log.warning(
@@ -142,7 +145,7 @@ class _Walker:
             return [length], [True]
         lengths = entries[0::2]
         if not lengths or min(lengths) == 0:
-            raise UserError(f"the NBD server describes no extent at byte {offset}: it breaks the protocol", SEE_SERVER)
+            raise _no_extent(offset)
         return lengths, self._inside(entries[1::2])
 
     def _count(self, borders: int) -> None:
@@ -150,3 +153,7 @@ class _Walker:
         self._replies += 1
         if self._borders > 2 * self._most or self._replies > MAX_REPLIES:
             raise UserError("the NBD server describes the disk in too many small extents", SEE_SERVER)
+
+
+def _no_extent(offset: int) -> UserError:
+    return UserError(f"the NBD server describes no extent at byte {offset}: it breaks the protocol", SEE_SERVER)

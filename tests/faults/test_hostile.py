@@ -17,7 +17,7 @@ REFUSED = {
     "another size for each connection": (Behaviour(sizes=[MIB, MIB, 2 * MIB]), "offers a disk of 2097152 bytes"),
     "no size that can be": (Behaviour(sizes=[(1 << 64) - 1]), ""),
     "extents without a length": (Behaviour(extents=struct.pack(">IIII", 0, 0, 0, 0)), "describes no extent"),
-    "no extents": (Behaviour(extents=b""), "went away while its extents were read"),
+    "no extents": (Behaviour(extents=b""), "extent"),
 }
 
 

@@ -21,7 +21,7 @@ from qfsbackup.chain import Chain, open_chain
 from qfsbackup.errors import EXIT_SYSTEM, EXIT_UNRESTORED, EXIT_USAGE, UserError
 from qfsbackup.fuse.mount import check_mountpoint, mounted
 from qfsbackup.fuse.operations import Owner
-from qfsbackup.model import Source
+from qfsbackup.model import Sockets, Source
 from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.nbd.budget import Budget
 from qfsbackup.nbd.disk import open_disk
@@ -76,15 +76,16 @@ async def _serve(source: str, mountpoint: Path, options: Options, status: Status
         found = _find_source(source, runtime, options, status, chain)
         snapshot = await stack.enter_async_context(found.snapshot())
         budget, bandwidth = Budget(), Bandwidth(options.bwlimit) if options.bwlimit else None
+        sockets: Sockets = {}
         disks = [
             await stack.enter_async_context(
-                open_disk(export, status.disks[export.disk], status, budget, options.connections, bandwidth)
+                open_disk(export, status.disks[export.disk], status, budget, options.connections, bandwidth, sockets)
             )
             for export in snapshot.exports
         ]
         tree = await make_tree(snapshot, disks, chain, options, status)
         owner = Owner(options.uid, options.gid, options.mode)
-        unmounted = await stack.enter_async_context(mounted(tree, mountpoint, source, owner))
+        unmounted = await stack.enter_async_context(mounted(tree, mountpoint, source, owner, sockets))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch_fleecing, status, disks)
             ready()

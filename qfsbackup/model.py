@@ -17,6 +17,14 @@ from qfsbackup.ranges import RangeSet
 
 BitmapStatus = Literal["none", "new", "reuse", "invalid"]
 
+Buffer = bytes | bytearray | memoryview
+Answer = Callable[[Buffer | None], None]
+"""Takes what was read, or None where it did not come."""
+
+Sockets = dict[int, Callable[[], None]]
+"""Descriptor -> what to call when it is readable, for whoever waits for the kernel and for a server at once. Calling it
+without need does no harm, and nobody has to: the event loop does it too, a little later."""
+
 CLUSTER = 64 * 1024  # QEMU's copy-before-write unit over a raw fleecing file (block/copy-before-write.c)
 
 
@@ -125,7 +133,15 @@ class Disk(Protocol):
     @property
     def can_trim(self) -> bool: ...
 
-    async def read(self, offset: int, length: int) -> bytes | bytearray | memoryview:
+    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
+        """Read without a task of its own, where that can be done: call `answer` exactly once, now or later.
+
+        False where it cannot: `answer` is not called. In that case, and where it gets None, `read` has to be asked,
+        which also says what is wrong.
+        """
+        ...
+
+    async def read(self, offset: int, length: int) -> Buffer:
         """Exactly the bytes `[offset, offset + length)`, which must lie inside the disk.
 
         Raises FsError(EIO) where they cannot be had; the other ranges are not affected by that.

@@ -109,6 +109,10 @@ class RangeSet:
     def __contains__(self, offset: int) -> bool:
         return bisect_right(self._borders, offset) % 2 == 1
 
+    def covers(self, start: int, end: int) -> bool:
+        """Is every byte of `[start, end)` inside?"""
+        return start >= end or self.next_outside(start, end) == end
+
     def overlaps(self, start: int, end: int) -> bool:
         """Is any byte of `[start, end)` inside?"""
         return start < end and (start in self or self.next_inside(start, end) < end)

@@ -18,13 +18,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from qfsbackup.errors import FsError
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.grid import Grid, count
 from qfsbackup.fs.inodes import Kind, inode
-from qfsbackup.fs.node import Attributes, Buffer, Handle, blocks
+from qfsbackup.fs.node import Attributes, Handle, blocks
 from qfsbackup.fs.window import Window
+from qfsbackup.model import Answer, Buffer
 from qfsbackup.ranges import RangeSet
 
 A_FOLDER = 256  # chunks
@@ -132,6 +134,14 @@ class ReleasingHandle:
         self._seen = RangeSet()
         self._in_use = view.in_use.setdefault(number, InUse())
         self._in_use.handles += 1
+
+    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
+        return self._window.read_soon(offset, length, partial(self._saw, offset, answer))
+
+    def _saw(self, offset: int, answer: Answer, content: Buffer | None) -> None:
+        if content is not None:
+            self._seen.add(offset, offset + len(content))
+        answer(content)
 
     async def read(self, offset: int, length: int) -> Buffer:
         content = await self._window.read(offset, length)

@@ -15,7 +15,8 @@ import os
 
 from qfsbackup.errors import FsError
 from qfsbackup.fs.frozen import FrozenDisk
-from qfsbackup.fs.node import Attributes, Buffer, blocks
+from qfsbackup.fs.node import Attributes, blocks
+from qfsbackup.model import Answer, Buffer
 
 
 class Delta:
@@ -41,6 +42,9 @@ class Delta:
 
     def open(self) -> Delta:
         return self
+
+    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:  # noqa: ARG002  # the signature is Handle's
+        return False
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Fewer bytes only at the end of the file. Raises FsError(EIO)."""

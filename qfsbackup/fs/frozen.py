@@ -20,8 +20,7 @@ from functools import partial
 import trio
 
 from qfsbackup.errors import FsError
-from qfsbackup.fs.node import Buffer
-from qfsbackup.model import CLUSTER, Disk
+from qfsbackup.model import CLUSTER, Answer, Buffer, Disk
 from qfsbackup.ranges import RangeSet
 from qfsbackup.status import DiskStatus, Status
 
@@ -47,6 +46,24 @@ class FrozenDisk:
         self.dirty = disk.dirty
         self.size = disk.size
         self.can_trim = disk.can_trim
+
+    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
+        """See model.Disk: where all is data, or all is zeros."""
+        end = offset + length
+        if self._status.broken or self._released.overlaps(offset, end):
+            return False
+        counted = partial(self._count, answer)
+        if self.data.covers(offset, end):
+            return self._disk.read_soon(offset, length, counted)
+        if self.data.overlaps(offset, end):
+            return False
+        counted(zeros(length))
+        return True
+
+    def _count(self, answer: Answer, content: Buffer | None) -> None:
+        if content is not None:
+            self._figures.read_bytes += len(content)
+        answer(content)
 
     async def read(self, offset: int, length: int, within: RangeSet | None = None) -> Buffer:
         """Exactly the bytes `[offset, offset + length)`, which must lie inside the disk. Raises FsError(EIO).

@@ -19,6 +19,7 @@ from itertools import accumulate
 
 from qfsbackup.errors import FsError
 from qfsbackup.fs.node import Attributes, blocks, seek_solid
+from qfsbackup.model import Answer
 from qfsbackup.ranges import RangeSet
 
 PAGE = 1024  # extents
@@ -112,6 +113,9 @@ class MapFile:
 
     def open(self) -> MapFile:
         return self
+
+    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:  # noqa: ARG002  # the signature is Handle's
+        return False
 
     async def read(self, offset: int, length: int) -> bytes:
         end = min(offset + length, self._offsets[-1])

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from qfsbackup.errors import FsError
-
-Buffer = bytes | bytearray | memoryview
+from qfsbackup.model import Answer, Buffer
 
 
 class Attributes(NamedTuple):
@@ -32,6 +31,10 @@ class Attributes(NamedTuple):
 
 class Handle(Protocol):
     """An open file."""
+
+    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
+        """As `read`, without a task, where that can be done; see model.Disk."""
+        ...
 
     async def read(self, offset: int, length: int) -> Buffer:
         """The bytes of `[offset, offset + length)` that the file has: fewer, or none, only at its end."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from qfsbackup.errors import FsError
 from qfsbackup.fs.node import Attributes, blocks, seek_solid
+from qfsbackup.model import Answer
 
 
 class Text:
@@ -15,6 +16,10 @@ class Text:
 
     def __init__(self, content: bytes) -> None:
         self._content = content
+
+    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
+        answer(self._content[offset : offset + length])
+        return True
 
     async def read(self, offset: int, length: int) -> bytes:
         return self._content[offset : offset + length]

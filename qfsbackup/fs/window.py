@@ -8,7 +8,8 @@ import os
 
 from qfsbackup.errors import FsError
 from qfsbackup.fs.frozen import FrozenDisk
-from qfsbackup.fs.node import Attributes, Buffer, blocks
+from qfsbackup.fs.node import Attributes, blocks
+from qfsbackup.model import Answer, Buffer
 
 
 class Window:
@@ -34,6 +35,11 @@ class Window:
 
     def open(self) -> Window:
         return self
+
+    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
+        start = self._start + offset
+        end = min(start + length, self._end)
+        return start < end and self._disk.read_soon(start, end - start, answer)
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Fewer bytes only at the end of the file. Raises FsError(EIO)."""

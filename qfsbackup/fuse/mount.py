@@ -22,21 +22,24 @@ from qfsbackup.errors import EXIT_SYSTEM, UserError
 from qfsbackup.fs.tree import Tree
 from qfsbackup.fuse import _ops
 from qfsbackup.fuse.operations import Operations, Owner
+from qfsbackup.model import Sockets
 from qfsbackup.mounts import MOUNTINFO, detach_dead, our_mounts
 
 log = logging.getLogger(__name__)
 
 
 @asynccontextmanager
-async def mounted(root: Tree, mountpoint: Path, source: str, owner: Owner) -> AsyncIterator[trio.Event]:
+async def mounted(
+    root: Tree, mountpoint: Path, source: str, owner: Owner, sockets: Sockets
+) -> AsyncIterator[trio.Event]:
     """Show `root` at `mountpoint`; the event is set when somebody unmounts it from outside.
 
-    `source` is what /proc/mounts shows. Leaving the context unmounts, lazily where a reader still holds a file open.
-    Check the mountpoint first. Raises UserError where it cannot be mounted.
+    `source` is what /proc/mounts shows; `sockets` are those that the disks are read from. Leaving the context unmounts,
+    lazily where a reader still holds a file open. Check the mountpoint first. Raises UserError where that fails.
     """
     unmounted = trio.Event()
     mountpoint = mountpoint.resolve()  # noqa: ASYNC240  # once mounted it would ask ourselves, and wait for ever
-    operations = Operations(root, owner)
+    operations = Operations(root, owner, sockets)
     with _session(operations, mountpoint, source, owner):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_serve, operations, unmounted)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import errno
 import functools
 import logging
-import math
 import os
 import stat
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
@@ -23,16 +23,16 @@ import trio
 from qfsbackup.errors import FsError
 from qfsbackup.fs.control import Control
 from qfsbackup.fs.inodes import is_chunk
-from qfsbackup.fs.node import Attributes, Buffer, Directory, File, Handle, Node
+from qfsbackup.fs.node import Attributes, Directory, File, Handle, Node
 from qfsbackup.fs.tree import Tree
 from qfsbackup.fuse import _ops
 from qfsbackup.fuse.read_only import ReadOnly
+from qfsbackup.model import Buffer, Sockets
 
 log = logging.getLogger(__name__)
 
 PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE (linux/falloc.h)
 FOREVER = 3600.0  # seconds that the kernel may keep what never changes
-IDLE_TASKS = 16  # that pyfuse3 keeps waiting; with fewer, each request of several readers starts a task and ends one
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,29 +79,28 @@ def answered(
 
 
 class Operations(ReadOnly):
-    """`root` is the tree."""
+    """`root` is the tree. What `sockets` receive while a read is waited for is looked at without the event loop."""
 
-    def __init__(self, root: Tree, owner: Owner) -> None:
+    def __init__(self, root: Tree, owner: Owner, sockets: Sockets) -> None:
         super().__init__()
         self._owner = owner
-        self._punches, self._punches_asked = trio.open_memory_channel[tuple[int, Handle, int, int]](math.inf)
+        self._tasks: trio.Nursery | None = None  # there is one while the kernel may be answered
         self._root = root
         self._nodes: dict[int, Node] = {pyfuse3.ROOT_INODE: root}
         self._handles: dict[int, Handle] = {}
         self._next_handle = 0
-        _ops.install(self._fallocate, self._lseek)
+        self._working = 0  # tasks that will answer a request
+        _ops.install(self._fallocate, self._lseek, self._read, sockets)
 
     async def serve(self) -> None:
         """Answer the kernel until it ends the session. Cancelled, it has no request left that it would still answer."""
-        with self._punches, self._punches_asked:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._punch_all, nursery)
-                await pyfuse3.main(min_tasks=IDLE_TASKS)
-                nursery.cancel_scope.cancel()
-
-    async def _punch_all(self, nursery: trio.Nursery) -> None:
-        async for punch in self._punches_asked:
-            nursery.start_soon(self._punch, *punch)
+        async with trio.open_nursery() as nursery:
+            self._tasks = nursery
+            try:
+                await pyfuse3.main()
+            finally:
+                self._tasks = None
+            nursery.cancel_scope.cancel()
 
     def _entry(self, attributes: Attributes) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
@@ -168,10 +167,6 @@ class Operations(ReadOnly):
         return pyfuse3.FileInfo(fh=self._next_handle, direct_io=True, keep_cache=False)
 
     @answered
-    async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]  # it takes any buffer
-        return await self._handles[fh].read(off, size)
-
-    @answered
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         handle = self._handles[fh]
         if not isinstance(handle, Control):
@@ -212,21 +207,48 @@ class Operations(ReadOnly):
         else:
             _ops.reply_offset(request, found)
 
-    def _fallocate(self, request: int, fh: int, mode: int, offset: int, length: int) -> None:
-        if mode != PUNCH_HOLE:
-            _ops.reply_errno(request, errno.EOPNOTSUPP)
-            return
-        self._punches.send_nowait((request, self._handles[fh], offset, length))
+    def _read(self, request: int, fh: int, offset: int, length: int) -> bool:
+        """Answer as soon as the bytes are there. May the next request be waited for without the event loop?
 
-    async def _punch(self, request: int, handle: Handle, offset: int, length: int) -> None:
-        number = errno.EIO
+        Not while a task works, for it needs the loop.
+        """
+        handle = self._handles[fh]
+        if not handle.read_soon(offset, length, partial(self._answer, request, handle, offset, length)):
+            self._start(request, partial(handle.read, offset, length))
+        return self._working == 0
+
+    def _answer(self, request: int, handle: Handle, offset: int, length: int, content: Buffer | None) -> None:
+        if self._tasks is None:
+            return  # the session is over, and libfuse has freed the request
+        if content is None:
+            self._start(request, partial(handle.read, offset, length))
+        else:
+            _ops.reply_buffer(request, content)
+
+    def _fallocate(self, request: int, fh: int, mode: int, offset: int, length: int) -> None:
+        if mode == PUNCH_HOLE:
+            self._start(request, partial(self._handles[fh].punch, offset, length))
+        else:
+            _ops.reply_errno(request, errno.EOPNOTSUPP)
+
+    def _start(self, request: int, work: Callable[[], Awaitable[Buffer | None]]) -> None:
+        if self._tasks:
+            self._working += 1
+            self._tasks.start_soon(self._reply, request, work)
+
+    async def _reply(self, request: int, work: Callable[[], Awaitable[Buffer | None]]) -> None:
+        """Do the work and answer, with its bytes or an errno; also when cancelled, while there is a session."""
+        content, number = None, errno.EIO
         try:
-            await handle.punch(offset, length)
-            number = 0
+            content, number = await work(), 0
         except FsError as error:
-            log.debug("punch: %s", error)
+            log.debug("%s", error)
             number = error.errno
         except Exception:
-            log.exception("punch failed")
+            log.exception("a request failed")
         finally:
-            _ops.reply_errno(request, number)
+            self._working -= 1
+            if content is None:
+                _ops.reply_errno(request, number)
+            else:
+                _ops.reply_buffer(request, content)

@@ -2,7 +2,7 @@
 """One NBD connection: requests go out at once, replies come back to callbacks, and a lost server fails them all.
 
     submit -> libnbd writes to the socket in the same call
-    receive: wait_readable -> libnbd reads all there is -> every finished request calls `done`
+    receive: wait_readable -> receive_now: libnbd reads all there is -> every finished request calls `done`
 
 A request cannot be taken back: its buffer belongs to libnbd, which holds a reference to it, until `done` was called.
 `done` is called exactly once, when the context closes at the latest, in the receiving task or inside the submitting
@@ -19,13 +19,13 @@ from contextlib import asynccontextmanager, contextmanager
 import trio
 
 from qfsbackup.errors import UserError
+from qfsbackup.model import Sockets
 from qfsbackup.nbd.handle import Handle, libnbd, open_handle, where
 from qfsbackup.nbd.inflight import Done
 from qfsbackup.nbd.tasks import background
 
 MAX_REQUEST = 32 << 20  # what a server takes that names no maximum (NBD protocol, "block size constraints")
 MAX_RECV = 32  # before other tasks have their turn
-LINGER = 1  # milliseconds
 
 Buffer = bytearray | memoryview
 
@@ -45,10 +45,14 @@ class ServerError(Exception):
 class Connection:
     """A connected handle. Only `connection()` makes one."""
 
-    def __init__(self, handle: Handle, socket: int, on_lost: Callable[[ConnectionLostError], None]) -> None:
+    def __init__(
+        self, handle: Handle, socket: int, on_lost: Callable[[ConnectionLostError], None], sockets: Sockets
+    ) -> None:
         self._handle = handle
         self._socket = socket
         self._on_lost = on_lost
+        self._sockets = sockets
+        sockets[socket] = self.receive_now
         self._waiting: dict[int, Done] = {}
         self._blocked = trio.Event()
         self.lost: ConnectionLostError | None = None
@@ -122,27 +126,21 @@ class Connection:
     def _is_over(self) -> bool:
         return bool(self._handle.aio_is_dead() or self._handle.aio_is_closed())
 
-    def linger(self) -> bool:
-        """Wait for the answers right here, holding up all tasks for LINGER at most. Have they come?"""
-        try:
-            while self._waiting and not self._is_over():
-                if not self._handle.poll(LINGER):
-                    return False
-                self._deliver()
-        except libnbd.Error as error:
-            self.lose(error.string)
-        return True
-
     async def receive(self) -> None:
         """Task: deliver replies until the connection is lost."""
-        reason = "the server closed the connection"
+        while not self.lost:
+            await trio.lowlevel.wait_readable(self._socket)
+            self.receive_now()
+
+    def receive_now(self) -> None:
+        """Deliver the replies that are there."""
         try:
-            while not self._is_over():
-                await trio.lowlevel.wait_readable(self._socket)
-                self._receive_all()
+            self._receive_all()
         except libnbd.Error as error:
-            reason = error.string
-        self.lose(reason)
+            self.lose(error.string)
+        else:
+            if self._is_over():
+                self.lose("the server closed the connection")
 
     def _receive_all(self) -> None:
         """One poll is one recv(): go on while there is more, a trip through the event loop costs ten times as much."""
@@ -150,6 +148,8 @@ class Connection:
             if self._is_over() or not self._handle.poll(0):
                 return
             self._deliver()
+            if not self._waiting:
+                return
 
     def _deliver(self) -> None:
         handle = self._handle
@@ -167,6 +167,7 @@ class Connection:
         if self.lost:
             return
         self.lost = ConnectionLostError(reason)
+        del self._sockets[self._socket]
         self._on_lost(self.lost)
         waiting, self._waiting = self._waiting, {}
         for done in waiting.values():
@@ -197,9 +198,13 @@ def _nothing(_error: ConnectionLostError) -> None:
 
 @asynccontextmanager
 async def connection(
-    uri: str, size: int, meta_contexts: Sequence[str] = (), on_lost: Callable[[ConnectionLostError], None] = _nothing
+    uri: str,
+    size: int,
+    meta_contexts: Sequence[str] = (),
+    on_lost: Callable[[ConnectionLostError], None] = _nothing,
+    sockets: Sockets | None = None,
 ) -> AsyncIterator[Connection]:
-    """Connect to `uri`, an export of `size` bytes.
+    """Connect to `uri`, an export of `size` bytes; its descriptor stands in `sockets` while it is not lost.
 
     `on_lost` is called once, before the requests fail: the server went away, or the block ended.
     Structured replies are asked for with meta contexts only: with them QEMU's server answers a read by block status
@@ -221,7 +226,7 @@ async def connection(
             )
         # libnbd closes its descriptor when the handle dies, inside any call; no task may wait for a number then reused.
         with _duplicate(handle.aio_get_fd()) as socket:
-            opened = Connection(handle, socket, on_lost)
+            opened = Connection(handle, socket, on_lost, {} if sockets is None else sockets)
             async with background(opened.receive, opened.send_blocked):
                 try:
                     yield opened

@@ -16,11 +16,12 @@ import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
 from qfsbackup.errors import FsError
-from qfsbackup.model import CLUSTER, Disk, Export
+from qfsbackup.model import CLUSTER, Answer, Disk, Export, Sockets
 from qfsbackup.nbd import extents
 from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.nbd.budget import Budget
@@ -76,6 +77,22 @@ class NbdDisk:
         finally:
             self._abandon(parts)
         return views[0] if len(views) == 1 else b"".join(views)
+
+    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
+        """See model.Disk: what one fetch holds, and nobody has to wait for but the server."""
+        end = offset + length
+        if self._mount.broken or self._pool.is_paced or self._closed.overlaps(offset, end):
+            return False
+        blocks = self._readahead.blocks(offset, end)
+        hit = blocks[0] if blocks else None
+        if hit and (offset < hit.fetch.start or hit.fetch.end < end):
+            return False
+        if hit:
+            self._readahead.take(hit, length)
+        fetch = hit.fetch if hit else self._direct(offset, end).fetch
+        self._readahead.advance(offset, end, hit)
+        fetch.when_over(partial(_answer, fetch, offset, end, answer))
+        return True
 
     def keep_to(self, ranges: RangeSet) -> None:
         """Do not read ahead over the ends of these ranges."""
@@ -187,6 +204,10 @@ class NbdDisk:
         return FsError(errno.EIO, f"read of [{part.start}, {part.end}) failed: {error}")
 
 
+def _answer(fetch: Fetch, start: int, end: int, answer: Answer) -> None:
+    answer(None if fetch.error else fetch.view(start, end))
+
+
 @dataclass(slots=True)
 class _Part:
     """Where the bytes `[start, end)` of an answer come from; `block` where they were fetched ahead."""
@@ -206,6 +227,10 @@ class EmptyDisk:
     def __init__(self) -> None:
         self.data = RangeSet()
         self.dirty = RangeSet()
+
+    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:  # noqa: ARG002  # the signature is Disk's
+        """Never."""
+        return False
 
     async def read(self, offset: int, length: int) -> bytes:
         """Nothing."""
@@ -229,11 +254,12 @@ async def open_disk(
     budget: Budget,
     connections: int = 2,
     bandwidth: Bandwidth | None = None,
+    sockets: Sockets | None = None,
 ) -> AsyncIterator[Disk]:
     """The disk behind `export`; its maps are fetched before anything can be trimmed.
 
-    `budget` and `bandwidth` are shared by all disks of a mount. Counts in `status`; breaks `mount_status` when the
-    server goes away. Raises UserError where the server cannot be reached or does not offer what `export` says.
+    `budget`, `bandwidth` and `sockets` are shared by all disks of a mount. Counts in `status`; breaks `mount_status`
+    when the server goes away. Raises UserError where it cannot be reached or does not offer what `export` says.
     """
     if not export.uri and export.size == 0:
         yield EmptyDisk()
@@ -251,7 +277,8 @@ async def open_disk(
         dirty.add(export.low_water, export.size)
     data = await _allocation(export)
     status.data, status.dirty = data.total(), dirty.total()
-    async with pool(export.uri, export.size, connections, status, bandwidth, lost, export.request_unit) as opened:
+    connecting = pool(export.uri, export.size, connections, status, bandwidth, lost, export.request_unit, sockets)
+    async with connecting as opened:
         can_trim = export.can_trim and opened.facts.can_trim
         disk = NbdDisk(opened, data, dirty, can_trim, status, mount_status, budget)
         try:

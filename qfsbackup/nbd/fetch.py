@@ -15,15 +15,14 @@ from qfsbackup.ranges import RangeSet
 class Fetch:
     """The bytes `[start, end)` of a disk. What is not in `data` is zero and not asked for."""
 
-    __slots__ = ("_arrived", "_jobs", "_pending", "_pool", "_then", "_view", "end", "error", "start")
+    __slots__ = ("_jobs", "_pending", "_pool", "_then", "_view", "end", "error", "start")
 
     def __init__(self, pool: Pool, data: RangeSet, start: int, end: int) -> None:
         self._pool = pool
         self.start = start
         self.end = end
         self.error: Exception | None = None
-        self._arrived: trio.Event | None = None
-        self._then: Callable[[], None] | None = None
+        self._then: list[Callable[[], None]] = []
         pieces = list(_pieces(data, start, end, pool.limit))
         self._view = memoryview(bytearray(end - start))
         self._pending = len(pieces)
@@ -45,11 +44,9 @@ class Fetch:
     async def wait(self) -> None:
         """Until the bytes have come. Raises what their request raised."""
         if self._pending:
-            self._pool.linger()
-        if self._pending:
-            if self._arrived is None:
-                self._arrived = trio.Event()
-            await self._arrived.wait()
+            arrived = trio.Event()
+            self._then.append(arrived.set)
+            await arrived.wait()
         if self.error:
             raise self.error
 
@@ -59,9 +56,9 @@ class Fetch:
             self._pool.withdraw(job)
 
     def when_over(self, then: Callable[[], None]) -> None:
-        """Call `then` once nothing is on its way any more: only then the buffer's memory is free."""
+        """Call `then` once nothing is on its way any more."""
         if self._pending:
-            self._then = then
+            self._then.append(then)
         else:
             then()
 
@@ -71,10 +68,9 @@ class Fetch:
         if self._pending:
             return
         self._jobs = []  # they know this fetch: a cycle would keep the buffer until the garbage collector comes
-        if self._arrived is not None:
-            self._arrived.set()
-        if self._then:
-            self._then()
+        callbacks, self._then = self._then, []
+        for then in callbacks:
+            then()
 
 
 def _pieces(data: RangeSet, start: int, end: int, limit: int) -> Iterator[tuple[int, int]]:

@@ -50,11 +50,6 @@ class InFlight:
         """Would a job that meets no other go out at once."""
         return not self._waiting and len(self._running) < self.depth
 
-    @property
-    def only(self) -> Job | None:
-        """The job with the server, where there is just one."""
-        return next(iter(self._running)) if len(self._running) == 1 else None
-
     def is_busy(self, start: int, end: int) -> bool:
         """Is any byte of the range with the server."""
         return any(job.start < end and start < job.end for job in self._running)

@@ -10,15 +10,14 @@ from functools import partial
 
 import trio
 
+from qfsbackup.model import Sockets
 from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.nbd.connection import Buffer, Connection, ConnectionLostError, connection
 from qfsbackup.nbd.inflight import Done, InFlight, Job
-from qfsbackup.nbd.patience import Patience
 from qfsbackup.nbd.tasks import background
 from qfsbackup.status import DiskStatus
 
 REQUEST = 512 * 1024  # bytes a request; QEMU holds up guest writes to a range while it is read
-SMALL = 64 * 1024  # bytes
 DEPTH = 8  # requests in flight on a connection; QEMU serves 16 of one client (nbd/server.c MAX_NBD_REQUESTS)
 
 
@@ -35,7 +34,6 @@ class Pool:
         self.lost: ConnectionLostError | None = None
         self._connections: list[Connection] = []
         self._bandwidth = bandwidth
-        self._patience = Patience()
         self._in_flight = InFlight(0, self._send)
         self._paying, self._to_pay = trio.open_memory_channel[Job](math.inf)
 
@@ -48,6 +46,11 @@ class Pool:
     def facts(self) -> Connection:
         """Any connection: all say the same of the export."""
         return self._connections[0]
+
+    @property
+    def is_paced(self) -> bool:
+        """Do reads wait for the bandwidth."""
+        return self._bandwidth is not None
 
     @property
     def limit(self) -> int:
@@ -80,16 +83,6 @@ class Pool:
             done(self.lost)
         else:
             self._in_flight.put(Job(offset, offset + length, None, done))
-
-    def linger(self) -> None:
-        """Wait for a small read on the spot if it is the only one, and that is wise (see patience.py)."""
-        job = self._in_flight.only
-        if job is None:
-            self._patience.others_came()
-        elif job.end - job.start <= SMALL and self._patience.waits():
-            busy = next(candidate for candidate in self._connections if candidate.in_flight)
-            if not busy.linger():
-                self._patience.was_late()
 
     def withdraw(self, job: Job) -> None:
         """Nobody waits for this read: it ends with WithdrawnError if it has not gone out, else in its own time."""
@@ -146,6 +139,7 @@ async def pool(
     bandwidth: Bandwidth | None = None,
     on_lost: Callable[[ConnectionLostError], None] | None = None,
     request_unit: int | None = None,
+    sockets: Sockets | None = None,
 ) -> AsyncIterator[Pool]:
     """Connections to `uri`, an export of `size` bytes; only one where the server does not promise coherence.
 
@@ -160,7 +154,7 @@ async def pool(
         opened.lose(error)
 
     async with AsyncExitStack() as stack:
-        connect = partial(connection, uri, size, on_lost=lost)
+        connect = partial(connection, uri, size, on_lost=lost, sockets=sockets)
         opened.join(await stack.enter_async_context(connect()))
         for _ in range(connections - 1 if opened.facts.can_multi_conn else 0):
             opened.join(await stack.enter_async_context(connect()))

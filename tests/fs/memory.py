@@ -9,6 +9,7 @@ import trio
 
 from qfsbackup.errors import FsError
 from qfsbackup.fs.frozen import FrozenDisk
+from qfsbackup.model import Answer
 from qfsbackup.ranges import RangeSet
 from qfsbackup.status import DiskStatus, Status
 
@@ -24,6 +25,9 @@ class MemoryDisk:
         self.can_trim = True
         self.trimmed = RangeSet()
         self.trims: list[tuple[int, int]] = []
+
+    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:  # noqa: ARG002  # a fake
+        return False
 
     async def read(self, offset: int, length: int) -> bytes:
         await trio.lowlevel.checkpoint()

@@ -117,7 +117,7 @@ async def serve(directory: Path, owner: Owner) -> None:
     status.facts["trims"] = {name: disk.trims for name, disk in disks.items()}
     snapshot = Snapshot(vm="memory", uuid=None, instant=INSTANT, exports=(), config={"../evil": b"config"})
     tree = build_tree(snapshot, shown, status, b"{}\n")
-    async with mounted(tree, directory, "memory, with \\ a comma", owner) as unmounted:
+    async with mounted(tree, directory, "memory, with \\ a comma", owner, {}) as unmounted:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.connect(os.environ["NOTIFY_SOCKET"].replace("@", "\0", 1))
             notify.send(b"READY=1")

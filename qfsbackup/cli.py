@@ -46,7 +46,7 @@ options, comma separated after -o:
   freeze=WHEN      freeze the guest's file systems: auto (with agent=, if it
                    can be had; the default), require, off
   bwlimit=N        bytes per second read
-  connections=N    NBD connections for each disk (default 2)
+  connections=N    NBD connections for each disk (default 4)
   uid=N gid=N      whose the files are (default: root's)
   mode=OCTAL       their permissions (default 0600)
   vm=NAME          the VM's name

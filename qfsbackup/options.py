@@ -39,7 +39,7 @@ class Options:
     disks: tuple[str, ...] = ()  # empty: all that are written to
     exclude: tuple[str, ...] = ()
     bwlimit: int | None = None  # bytes per second
-    connections: int = 2  # for each disk
+    connections: int = 4  # for each disk
     uid: int = 0
     gid: int = 0
     mode: int | None = None

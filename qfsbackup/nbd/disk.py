@@ -252,7 +252,7 @@ async def open_disk(
     status: DiskStatus,
     mount_status: Status,
     budget: Budget,
-    connections: int = 2,
+    connections: int = 4,
     bandwidth: Bandwidth | None = None,
     sockets: Sockets | None = None,
 ) -> AsyncIterator[Disk]:

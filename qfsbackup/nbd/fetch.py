@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 
 import trio
@@ -10,6 +11,11 @@ import trio
 from qfsbackup.nbd.inflight import Job
 from qfsbackup.nbd.pool import Pool
 from qfsbackup.ranges import RangeSet
+
+# Zeroing what is overwritten anyway took a tenth of the time. libnbd's own Buffer is made in the same way.
+_uninitialised = ctypes.pythonapi.PyByteArray_FromStringAndSize
+_uninitialised.argtypes = (ctypes.c_char_p, ctypes.c_ssize_t)
+_uninitialised.restype = ctypes.py_object
 
 
 class Fetch:
@@ -24,7 +30,8 @@ class Fetch:
         self.error: Exception | None = None
         self._then: list[Callable[[], None]] = []
         pieces = list(_pieces(data, start, end, pool.limit))
-        self._view = memoryview(bytearray(end - start))
+        is_full = sum(stop - begin for begin, stop in pieces) == end - start
+        self._view = memoryview(_uninitialised(None, end - start) if is_full else bytearray(end - start))
         self._pending = len(pieces)
         self._jobs: list[Job] = []
         for begin, stop in pieces:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from qfsbackup.ranges import RangeSet
 
@@ -20,6 +20,9 @@ BitmapStatus = Literal["none", "new", "reuse", "invalid"]
 Buffer = bytes | bytearray | memoryview
 Answer = Callable[[Buffer | None], None]
 """Takes what was read, or None where it did not come."""
+
+ShortRead = Callable[[Callable[[Any, Buffer | None], None], Any, int, int], bool]
+"""read(answer, token, start, length): was it taken? If so, `answer(token, content)` is called once, None as above."""
 
 Sockets = dict[int, Callable[[], None]]
 """Descriptor -> what to call when it is readable, for whoever waits for the kernel and for a server at once. Calling it
@@ -132,6 +135,15 @@ class Disk(Protocol):
 
     @property
     def can_trim(self) -> bool: ...
+
+    @property
+    def short_cut(self) -> ShortRead | None:
+        """Reads small pieces of what is data with little ado, and refuses all else: ask `read_soon` then."""
+        ...
+
+    def end_short_cut(self) -> None:
+        """It refuses everything from now on: some of the disk is not to be read any more."""
+        ...
 
     def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
         """Read without a task of its own, where that can be done: call `answer` exactly once, now or later.

@@ -53,6 +53,11 @@ class RangeSet:
         result._borders = borders
         return result
 
+    @property
+    def borders(self) -> array[int]:
+        """All borders in order, type code "Q"; not a copy."""
+        return self._borders
+
     def add(self, start: int, end: int) -> None:
         """Put `[start, end)` into the set. Appending behind the last range costs constant time."""
         if start >= end:

@@ -20,7 +20,7 @@ from functools import partial
 import trio
 
 from qfsbackup.errors import FsError
-from qfsbackup.model import CLUSTER, Answer, Buffer, Disk
+from qfsbackup.model import CLUSTER, Answer, Buffer, Disk, ShortRead
 from qfsbackup.ranges import RangeSet
 from qfsbackup.status import DiskStatus, Status
 
@@ -46,6 +46,11 @@ class FrozenDisk:
         self.dirty = disk.dirty
         self.size = disk.size
         self.can_trim = disk.can_trim
+
+    @property
+    def short_cut(self) -> ShortRead | None:
+        """See model.Disk."""
+        return self._disk.short_cut
 
     def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
         """See model.Disk: where all is data, or all is zeros."""
@@ -111,6 +116,7 @@ class FrozenDisk:
         start, end = offset, min(offset + length, self.size)
         if start >= end:
             return
+        self._disk.end_short_cut()
         self._figures.punched += (end - start) - self.punched.total_within(start, end)
         self.punched.add(start, end)
         self.data.remove(start, end)
@@ -121,6 +127,7 @@ class FrozenDisk:
 
         It does not become a hole: what is unreadable must not look like zeros. Raises FsError(EIO).
         """
+        self._disk.end_short_cut()
         self._released.add(start, end)
         if self.can_trim:
             await self._give_back(start, end)

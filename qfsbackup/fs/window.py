@@ -9,7 +9,7 @@ import os
 from qfsbackup.errors import FsError
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.node import Attributes, blocks
-from qfsbackup.model import Answer, Buffer
+from qfsbackup.model import Answer, Buffer, ShortRead
 
 
 class Window:
@@ -35,6 +35,11 @@ class Window:
 
     def open(self) -> Window:
         return self
+
+    def short_cut(self) -> tuple[ShortRead, int, int] | None:
+        """One that the disk has, and where on the disk this file begins and ends."""
+        read = self._disk.short_cut
+        return (read, self._start, self._end) if read else None
 
     def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
         start = self._start + offset

@@ -18,6 +18,9 @@
  *     pyfuse3 --receive_buf--> receive a request --another one--> pyfuse3
  *                                 ^       '--a read--> on_read ... poll: a socket --> its callable --> reply_buffer
  *                                 '----------------------------------'  '--nothing came, or LONGEST is over--> EINTR
+ *
+ * A file may have a short cut: a callable that is asked before on_read, and either takes the read, and then calls
+ * settle(), or does not.
  */
 #define FUSE_USE_VERSION 312
 #define _GNU_SOURCE
@@ -28,25 +31,28 @@
 #include <fuse_lowlevel.h>
 #include <linux/fuse.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
 
 #define PATIENCE 500000L  /* ns without an event after which the event loop has its turn */
-#define LONGEST 2000000L  /* ns after which it has its turn in any case */
+#define LONGEST 5000000L  /* ns after which it has its turn in any case */
+#define LOOKING 100000L   /* ns that is looked for an event before the processor is given away */
 #define MOST_SOCKETS 64   /* that are looked at without the event loop */
 
-static PyObject *on_fallocate, *on_lseek, *on_read; /* callables, set by install() */
-static PyObject *sockets;                           /* a dict: file descriptor -> callable */
-static int extended;                                /* has a session been made with our table? */
-static int go_on;                                   /* what on_read returned last: may we wait without the event loop? */
+static PyObject *on_fallocate, *on_lseek, *on_read, *on_failed; /* callables, set by install() */
+static PyObject *sockets;     /* a dict: file descriptor -> callable */
+static PyObject *short_cuts;  /* a dict: file handle -> (callable, start, end) */
+static PyObject *settle_read; /* this module's settle() */
+static int extended;          /* has a session been made with our table? */
+static int is_over;           /* may no request be answered any more? */
+static int needs_loop;        /* does a task work, which the event loop has to run? */
 
-/* Calls `callable(*arguments)`; steals `arguments`. A callback that raises is answered with EIO. Needs the GIL.
- * Is what it returned true? */
-static int dispatch(PyObject *callable, PyObject *arguments, fuse_req_t request)
+/* Calls `callable(*arguments)`; steals `arguments`. A callback that raises is answered with EIO. Needs the GIL. */
+static void dispatch(PyObject *callable, PyObject *arguments, fuse_req_t request)
 {
     PyObject *result = arguments ? PyObject_CallObject(callable, arguments) : NULL;
-    int is_true = result == Py_True;
 
     if (!result) {
         PyErr_WriteUnraisable(callable);
@@ -54,7 +60,6 @@ static int dispatch(PyObject *callable, PyObject *arguments, fuse_req_t request)
     }
     Py_XDECREF(result);
     Py_XDECREF(arguments);
-    return is_true;
 }
 
 static void op_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t offset, off_t length,
@@ -80,14 +85,35 @@ static void op_lseek(fuse_req_t request, fuse_ino_t inode, off_t offset, int whe
     PyGILState_Release(gil);
 }
 
+/* Does the file's short cut take this read? `arguments` are on_read's. Needs the GIL. */
+static int is_cut_short(PyObject *arguments, unsigned long long offset, unsigned long long length)
+{
+    PyObject *cut = PyDict_GetItem(short_cuts, PyTuple_GET_ITEM(arguments, 1)), *callable, *result;
+    unsigned long long start, end;
+    int taken;
+
+    if (!cut || !PyArg_ParseTuple(cut, "OKK", &callable, &start, &end) || offset >= end - start)
+        return 0;
+    if (length > end - start - offset)
+        length = end - start - offset;
+    result = PyObject_CallFunction(callable, "OOKK", settle_read, arguments, start + offset, length);
+    if (!result)
+        PyErr_WriteUnraisable(callable);
+    taken = result == Py_True;
+    Py_XDECREF(result);
+    return taken;
+}
+
 static void op_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t offset, struct fuse_file_info *info)
 {
     PyGILState_STATE gil = PyGILState_Ensure();
+    PyObject *arguments = Py_BuildValue("KKLn", (unsigned long long)(uintptr_t)request, (unsigned long long)info->fh,
+                                        (long long)offset, (Py_ssize_t)length);
 
-    go_on = dispatch(on_read,
-                     Py_BuildValue("KKLn", (unsigned long long)(uintptr_t)request, (unsigned long long)info->fh,
-                                   (long long)offset, (Py_ssize_t)length),
-                     request);
+    if (arguments && is_cut_short(arguments, offset, length))
+        Py_DECREF(arguments);
+    else
+        dispatch(on_read, arguments, request);
     PyGILState_Release(gil);
 }
 
@@ -172,6 +198,28 @@ static void call_ready(const struct pollfd *polled, PyObject **callables, int co
     }
 }
 
+/* poll(2) for at most `longest` ns, at first without sleeping: where the machine is idle but for reader and server, being
+ * woken up takes longer than a small read. Whoever else can run on this processor does. If looking was in vain, the next
+ * call does not look. */
+static int wait_for_event(struct pollfd *polled, int count, long longest)
+{
+    static long looking = LOOKING;
+    const struct timespec at_once = {0, 0}, wait = {0, longest};
+    long begin = now(), waited = 0;
+    int ready = ppoll(polled, count, &at_once, NULL);
+
+    while (!ready && waited < looking && waited < longest) {
+        sched_yield();
+        ready = ppoll(polled, count, &at_once, NULL);
+        waited = now() - begin;
+    }
+    if (ready || waited >= longest)
+        return ready;
+    ready = ppoll(polled, count, &wait, NULL);
+    looking = now() - begin < LOOKING ? LOOKING : 0;
+    return ready;
+}
+
 /* Waits until the session's descriptor is readable, and lets sockets be read meanwhile. 0 where the event loop should
  * have its turn; `until` is when at the latest, in ns. Needs the GIL. */
 static int next_request(int session, long until)
@@ -182,7 +230,6 @@ static int next_request(int session, long until)
     for (;;) {
         Py_ssize_t position = 0;
         long left = until - now();
-        struct timespec wait = {0, left < PATIENCE ? left : PATIENCE};
         int count = 0, ready;
 
         if (left <= 0)
@@ -191,7 +238,7 @@ static int next_request(int session, long until)
             polled[count++] = (struct pollfd){.fd = (int)PyLong_AsLong(key), .events = POLLIN};
         polled[count] = (struct pollfd){.fd = session, .events = POLLIN};
         Py_BEGIN_ALLOW_THREADS
-        ready = ppoll(polled, count + 1, &wait, NULL);
+        ready = wait_for_event(polled, count + 1, left < PATIENCE ? left : PATIENCE);
         Py_END_ALLOW_THREADS
         if (ready <= 0)
             return 0;
@@ -229,20 +276,59 @@ int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buff
         if (length <= 0 || !on_read || !is_read(buffer, length))
             return length;
         fuse_session_process_buf(session, buffer);
-    } while (go_on && next_request(polled.fd, until));
+    } while (!needs_loop && next_request(polled.fd, until));
     return -EINTR;
 }
 
 static PyObject *install(PyObject *self, PyObject *arguments)
 {
-    PyObject *fallocate, *lseek, *read, *dict;
+    PyObject *fallocate, *lseek, *read, *failed, *cuts, *dict;
 
-    if (!PyArg_ParseTuple(arguments, "OOOO!", &fallocate, &lseek, &read, &PyDict_Type, &dict))
+    if (!PyArg_ParseTuple(arguments, "OOOOO!O!", &fallocate, &lseek, &read, &failed, &PyDict_Type, &cuts, &PyDict_Type,
+                          &dict))
         return NULL;
     Py_XSETREF(on_fallocate, Py_NewRef(fallocate));
     Py_XSETREF(on_lseek, Py_NewRef(lseek));
     Py_XSETREF(on_read, Py_NewRef(read));
+    Py_XSETREF(on_failed, Py_NewRef(failed));
+    Py_XSETREF(short_cuts, Py_NewRef(cuts));
     Py_XSETREF(sockets, Py_NewRef(dict));
+    Py_RETURN_NONE;
+}
+
+static PyObject *set_needs_loop(PyObject *self, PyObject *flag)
+{
+    needs_loop = PyObject_IsTrue(flag);
+    Py_RETURN_NONE;
+}
+
+static PyObject *end(PyObject *self, PyObject *unused)
+{
+    is_over = 1;
+    Py_RETURN_NONE;
+}
+
+static PyObject *settle(PyObject *self, PyObject *arguments)
+{
+    PyObject *read, *content, *result;
+    Py_buffer bytes;
+
+    if (!PyArg_ParseTuple(arguments, "O!O", &PyTuple_Type, &read, &content))
+        return NULL;
+    if (is_over)
+        Py_RETURN_NONE;
+    if (content == Py_None) {
+        result = PyObject_CallObject(on_failed, read);
+        if (result)
+            return result;
+        PyErr_WriteUnraisable(on_failed);
+        fuse_reply_err((fuse_req_t)(uintptr_t)PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(read, 0)), EIO);
+        Py_RETURN_NONE;
+    }
+    if (PyObject_GetBuffer(content, &bytes, PyBUF_SIMPLE) < 0)
+        return NULL;
+    fuse_reply_buf((fuse_req_t)(uintptr_t)PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(read, 0)), bytes.buf, bytes.len);
+    PyBuffer_Release(&bytes);
     Py_RETURN_NONE;
 }
 
@@ -287,9 +373,15 @@ static PyObject *reply_offset(PyObject *self, PyObject *arguments)
 
 static PyMethodDef methods[] = {
     {"install", install, METH_VARARGS,
-     "install(fallocate, lseek, read, sockets): fallocate(request, fh, mode, offset, length),\n"
-     "lseek(request, fh, offset, whence), read(request, fh, offset, length) -> may the event loop be left out for a while;\n"
-     "sockets: {descriptor: what to call when it is readable}, looked at meanwhile."},
+     "install(fallocate, lseek, read, failed, short_cuts, sockets): fallocate(request, fh, mode, offset, length),\n"
+     "lseek(request, fh, offset, whence), read(request, fh, offset, length); failed as read, for what a short cut took\n"
+     "in vain; short_cuts: {fh: (callable, start, end)}, see settle; sockets: {descriptor: what to call when it is\n"
+     "readable}, looked at without the event loop."},
+    {"settle", settle, METH_VARARGS,
+     "settle(read, content): the answer of a short cut, which was called with (settle, read, start, length) and returned\n"
+     "True; None: it failed, so it is asked for in the other way."},
+    {"needs_loop", set_needs_loop, METH_O, "needs_loop(flag): is there a task that the event loop has to run."},
+    {"end", end, METH_NOARGS, "end(): the session is over, and no request may be answered any more."},
     {"is_extended", is_extended, METH_NOARGS, "Has a FUSE session been made with the two operations?"},
     {"reply_errno", reply_errno, METH_VARARGS, "reply_errno(request, errno): errno 0 is success."},
     {"reply_buffer", reply_buffer, METH_VARARGS, "reply_buffer(request, content): the answer of read."},
@@ -303,5 +395,8 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__ops(void)
 {
-    return PyModule_Create(&definition);
+    PyObject *module = PyModule_Create(&definition);
+
+    settle_read = module ? PyObject_GetAttrString(module, "settle") : NULL;
+    return settle_read ? module : NULL;
 }

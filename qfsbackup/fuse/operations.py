@@ -25,9 +25,10 @@ from qfsbackup.fs.control import Control
 from qfsbackup.fs.inodes import is_chunk
 from qfsbackup.fs.node import Attributes, Directory, File, Handle, Node
 from qfsbackup.fs.tree import Tree
+from qfsbackup.fs.window import Window
 from qfsbackup.fuse import _ops
 from qfsbackup.fuse.read_only import ReadOnly
-from qfsbackup.model import Buffer, Sockets
+from qfsbackup.model import Buffer, ShortRead, Sockets
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +89,10 @@ class Operations(ReadOnly):
         self._root = root
         self._nodes: dict[int, Node] = {pyfuse3.ROOT_INODE: root}
         self._handles: dict[int, Handle] = {}
+        self._short_cuts: dict[int, tuple[ShortRead, int, int]] = {}
         self._next_handle = 0
         self._working = 0  # tasks that will answer a request
-        _ops.install(self._fallocate, self._lseek, self._read, sockets)
+        _ops.install(self._fallocate, self._lseek, self._read, self._read_again, self._short_cuts, sockets)
 
     async def serve(self) -> None:
         """Answer the kernel until it ends the session. Cancelled, it has no request left that it would still answer."""
@@ -100,6 +102,7 @@ class Operations(ReadOnly):
                 await pyfuse3.main()
             finally:
                 self._tasks = None
+                _ops.end()
             nursery.cancel_scope.cancel()
 
     def _entry(self, attributes: Attributes) -> pyfuse3.EntryAttributes:
@@ -163,7 +166,11 @@ class Operations(ReadOnly):
         if flags & os.O_TRUNC and not attributes.writable:
             raise FsError(errno.EROFS, "a snapshot cannot be truncated")
         self._next_handle += 1
-        self._handles[self._next_handle] = file.open()
+        handle = file.open()
+        self._handles[self._next_handle] = handle
+        cut = handle.short_cut() if isinstance(handle, Window) else None
+        if cut:
+            self._short_cuts[self._next_handle] = cut
         return pyfuse3.FileInfo(fh=self._next_handle, direct_io=True, keep_cache=False)
 
     @answered
@@ -190,6 +197,7 @@ class Operations(ReadOnly):
 
     @answered
     async def release(self, fh: int) -> None:
+        self._short_cuts.pop(fh, None)
         await self._handles.pop(fh).close()
 
     @answered
@@ -207,23 +215,14 @@ class Operations(ReadOnly):
         else:
             _ops.reply_offset(request, found)
 
-    def _read(self, request: int, fh: int, offset: int, length: int) -> bool:
-        """Answer as soon as the bytes are there. May the next request be waited for without the event loop?
+    def _read(self, request: int, fh: int, offset: int, length: int) -> None:
+        """Answer as soon as the bytes are there."""
+        if not self._handles[fh].read_soon(offset, length, partial(_ops.settle, (request, fh, offset, length))):
+            self._read_again(request, fh, offset, length)
 
-        Not while a task works, for it needs the loop.
-        """
-        handle = self._handles[fh]
-        if not handle.read_soon(offset, length, partial(self._answer, request, handle, offset, length)):
-            self._start(request, partial(handle.read, offset, length))
-        return self._working == 0
-
-    def _answer(self, request: int, handle: Handle, offset: int, length: int, content: Buffer | None) -> None:
-        if self._tasks is None:
-            return  # the session is over, and libfuse has freed the request
-        if content is None:
-            self._start(request, partial(handle.read, offset, length))
-        else:
-            _ops.reply_buffer(request, content)
+    def _read_again(self, request: int, fh: int, offset: int, length: int) -> None:
+        """Answer what could not be answered soon, or say what is wrong with it."""
+        self._start(request, partial(self._handles[fh].read, offset, length))
 
     def _fallocate(self, request: int, fh: int, mode: int, offset: int, length: int) -> None:
         if mode == PUNCH_HOLE:
@@ -233,8 +232,13 @@ class Operations(ReadOnly):
 
     def _start(self, request: int, work: Callable[[], Awaitable[Buffer | None]]) -> None:
         if self._tasks:
-            self._working += 1
+            self._works(1)
             self._tasks.start_soon(self._reply, request, work)
+
+    def _works(self, more: int) -> None:
+        """So many tasks more work; as long as there is one, it needs the event loop."""
+        self._working += more
+        _ops.needs_loop(self._working > 0)
 
     async def _reply(self, request: int, work: Callable[[], Awaitable[Buffer | None]]) -> None:
         """Do the work and answer, with its bytes or an errno; also when cancelled, while there is a session."""
@@ -247,7 +251,7 @@ class Operations(ReadOnly):
         except Exception:
             log.exception("a request failed")
         finally:
-            self._working -= 1
+            self._works(-1)
             if content is None:
                 _ops.reply_errno(request, number)
             else:

@@ -55,12 +55,22 @@ class Connection:
         sockets[socket] = self.receive_now
         self._waiting: dict[int, Done] = {}
         self._blocked = trio.Event()
+        self._lent: Callable[[], bool] = bool
         self.lost: ConnectionLostError | None = None
         self.size: int = handle.get_size()
         self.minimum: int = handle.get_block_size(libnbd.SIZE_MINIMUM) or 1
         self.maximum: int = handle.get_block_size(libnbd.SIZE_MAXIMUM) or MAX_REQUEST
         self.can_trim: bool = handle.can_trim() and not handle.is_read_only()
         self.can_multi_conn: bool = handle.can_multi_conn()
+
+    @property
+    def handle(self) -> Handle:
+        """For who sends requests of their own, and none by this connection: see `lend`."""
+        return self._handle
+
+    def lend(self, receive: Callable[[], bool]) -> None:
+        """From now on `receive` is called when there is something to receive; False: see yourself what it is."""
+        self._lent = receive
 
     @property
     def in_flight(self) -> int:
@@ -115,7 +125,11 @@ class Connection:
             return
         self._waiting[cookie] = done
         if self._handle.aio_get_direction() & libnbd.AIO_DIRECTION_WRITE:
-            self._blocked.set()
+            self.send_later()
+
+    def send_later(self) -> None:
+        """The socket has not taken all of a request at once."""
+        self._blocked.set()
 
     def _explain(self, error: libnbd.Error) -> Exception:
         """A dead handle says EINVAL or nothing at all: ask for its state first."""
@@ -134,6 +148,8 @@ class Connection:
 
     def receive_now(self) -> None:
         """Deliver the replies that are there."""
+        if self._lent():
+            return
         try:
             self._receive_all()
         except libnbd.Error as error:

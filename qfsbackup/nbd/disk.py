@@ -21,11 +21,12 @@ from functools import partial
 import trio
 
 from qfsbackup.errors import FsError
-from qfsbackup.model import CLUSTER, Answer, Disk, Export, Sockets
+from qfsbackup.model import CLUSTER, Answer, Disk, Export, ShortRead, Sockets
 from qfsbackup.nbd import extents
 from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.nbd.budget import Budget
 from qfsbackup.nbd.connection import ConnectionLostError, ServerError
+from qfsbackup.nbd.empty_disk import EmptyDisk
 from qfsbackup.nbd.fetch import Fetch
 from qfsbackup.nbd.handle import where
 from qfsbackup.nbd.pool import Pool, WithdrawnError, pool
@@ -78,6 +79,16 @@ class NbdDisk:
             self._abandon(parts)
         return views[0] if len(views) == 1 else b"".join(views)
 
+    @property
+    def short_cut(self) -> ShortRead | None:
+        """See model.Disk."""
+        return self._pool.lane.read if self._pool.lane else None
+
+    def end_short_cut(self) -> None:
+        """See model.Disk."""
+        if self._pool.lane:
+            self._pool.lane.close()
+
     def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
         """See model.Disk: what one fetch holds, and nobody has to wait for but the server."""
         end = offset + length
@@ -119,6 +130,7 @@ class NbdDisk:
         start, end = -(-offset // unit) * unit, (offset + length) // unit * unit
         if start >= end:
             return
+        self.end_short_cut()
         self._closed.add(start, end)
         self._readahead.close(start, end)
         for position in range(start, end, MAX_TRIM):
@@ -218,34 +230,6 @@ class _Part:
     block: Block | None = None
 
 
-class EmptyDisk:
-    """A disk of no bytes: nobody can export it, and there is nothing to read."""
-
-    size = 0
-    can_trim = False
-
-    def __init__(self) -> None:
-        self.data = RangeSet()
-        self.dirty = RangeSet()
-
-    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:  # noqa: ARG002  # the signature is Disk's
-        """Never."""
-        return False
-
-    async def read(self, offset: int, length: int) -> bytes:
-        """Nothing."""
-        raise FsError(errno.EIO, f"[{offset}, {offset + length}) is outside an empty disk")
-
-    def keep_to(self, ranges: RangeSet) -> None:
-        """Nothing is read."""
-
-    async def probe(self) -> None:
-        """It answers."""
-
-    async def trim(self, offset: int, length: int) -> None:
-        """Nothing to give back."""
-
-
 @asynccontextmanager
 async def open_disk(
     export: Export,
@@ -281,6 +265,7 @@ async def open_disk(
     async with connecting as opened:
         can_trim = export.can_trim and opened.facts.can_trim
         disk = NbdDisk(opened, data, dirty, can_trim, status, mount_status, budget)
+        opened.open_lane(disk.data, mount_status)
         try:
             yield disk
         finally:

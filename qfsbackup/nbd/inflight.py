@@ -15,8 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 Done = Callable[[Exception | None], None]
+
+
+class Neighbour(Protocol):
+    """Who also has requests in flight, none of which meets a job that is here; says `advance` when one is over."""
+
+    def meets(self, start: int, end: int, /) -> bool:
+        """Is any byte of the range in one of them."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -42,55 +51,62 @@ class InFlight:
         """`send` gives a job to the server; whoever hears of its end says `finished`."""
         self.depth = depth
         self._send = send
-        self._running: set[Job] = set()
-        self._waiting: list[Job] = []
+        self.running: dict[Job, None] = {}
+        self.waiting: list[Job] = []
+        self.neighbour: Neighbour | None = None
 
     @property
     def has_room(self) -> bool:
         """Would a job that meets no other go out at once."""
-        return not self._waiting and len(self._running) < self.depth
+        return not self.waiting and len(self.running) < self.depth
 
     def is_busy(self, start: int, end: int) -> bool:
         """Is any byte of the range with the server."""
-        return any(job.start < end and start < job.end for job in self._running)
+        return any(job.start < end and start < job.end for job in self.running)
 
     def put(self, job: Job) -> None:
         """Send the job now or as soon as the rule and the depth permit."""
-        if self.has_room and not job.meets(self._running):
+        if self.has_room and not self._meets(job, ()):
             self._start(job)
         else:
-            self._waiting.append(job)
-            self._advance()
+            self.waiting.append(job)
+            self.advance()
+
+    def _meets(self, job: Job, earlier: Iterable[Job]) -> bool:
+        if self.neighbour and self.neighbour.meets(job.start, job.end):
+            return True
+        return job.meets(self.running) or job.meets(earlier)
 
     def finished(self, job: Job) -> None:
         """The server has answered."""
-        self._running.discard(job)
-        self._advance()
+        self.running.pop(job, None)
+        self.advance()
 
     def withdraw(self, job: Job) -> bool:
         """Take back a job that still waits. One that the server has already stays in flight until its answer."""
-        if job not in self._waiting:
+        if job not in self.waiting:
             return False
-        self._waiting.remove(job)
-        self._advance()
+        self.waiting.remove(job)
+        self.advance()
         return True
 
     def take_waiting(self) -> list[Job]:
         """Take back all that wait."""
-        waiting, self._waiting = self._waiting, []
+        waiting = self.waiting.copy()
+        self.waiting.clear()  # the list is the neighbour's to look at
         return waiting
 
-    def _advance(self) -> None:
-        """Start what can be; starting may fail at once, and so come back here before it returns."""
+    def advance(self) -> None:
+        """Start what can be: a request is over. Starting may fail at once, and so come back here before it returns."""
         index = 0
-        while index < len(self._waiting) and len(self._running) < self.depth:
-            job = self._waiting[index]
-            if job.meets(self._running) or job.meets(self._waiting[:index]):
+        while index < len(self.waiting) and len(self.running) < self.depth:
+            job = self.waiting[index]
+            if self._meets(job, self.waiting[:index]):
                 index += 1
             else:
-                del self._waiting[index]
+                del self.waiting[index]
                 self._start(job)
 
     def _start(self, job: Job) -> None:
-        self._running.add(job)
+        self.running[job] = None
         self._send(job)

@@ -11,11 +11,13 @@ from functools import partial
 import trio
 
 from qfsbackup.model import Sockets
+from qfsbackup.nbd._lane import Lane
 from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.nbd.connection import Buffer, Connection, ConnectionLostError, connection
 from qfsbackup.nbd.inflight import Done, InFlight, Job
 from qfsbackup.nbd.tasks import background
-from qfsbackup.status import DiskStatus
+from qfsbackup.ranges import RangeSet
+from qfsbackup.status import DiskStatus, Status
 
 REQUEST = 512 * 1024  # bytes a request; QEMU holds up guest writes to a range while it is read
 DEPTH = 8  # requests in flight on a connection; QEMU serves 16 of one client (nbd/server.c MAX_NBD_REQUESTS)
@@ -35,12 +37,28 @@ class Pool:
         self._connections: list[Connection] = []
         self._bandwidth = bandwidth
         self._in_flight = InFlight(0, self._send)
+        self.lane: Lane | None = None
         self._paying, self._to_pay = trio.open_memory_channel[Job](math.inf)
 
     def join(self, opened: Connection) -> None:
         """One connection more."""
         self._connections.append(opened)
         self._in_flight.depth = DEPTH * len(self._connections)
+
+    def open_lane(self, data: RangeSet, mount: Status) -> None:
+        """Let small reads of what is `data`, which never changes, go a shorter way, by a connection of their own.
+
+        There is none where reads have to pay, nor where there is but one connection.
+        """
+        if self._bandwidth or len(self._connections) < 2:
+            return
+        own, jobs = self._connections.pop(), self._in_flight
+        jobs.depth = DEPTH * len(self._connections)
+        sizes = own.size, own.minimum, self.limit
+        others = jobs.running, jobs.waiting, jobs.advance
+        self.lane = Lane(own.handle, own.send_later, *others, mount, data.borders, *sizes)
+        own.lend(self.lane.receive)
+        jobs.neighbour = self._status.short_cut = self.lane
 
     @property
     def facts(self) -> Connection:
@@ -120,6 +138,8 @@ class Pool:
         if self.lost:
             return
         self.lost = error
+        if self.lane:
+            self.lane.close()
         for job in self._in_flight.take_waiting():
             job.done(error)
         while self._bandwidth and self._to_pay.statistics().current_buffer_used:

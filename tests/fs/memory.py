@@ -26,6 +26,11 @@ class MemoryDisk:
         self.trimmed = RangeSet()
         self.trims: list[tuple[int, int]] = []
 
+    short_cut = None
+
+    def end_short_cut(self) -> None:
+        """There is none."""
+
     def read_soon(self, offset: int, length: int, answer: Answer) -> bool:  # noqa: ARG002  # a fake
         return False
 

@@ -55,7 +55,9 @@ async def half_broken(directory: Path, error: str) -> AsyncIterator[NbdServer]:
     image = directory / "disk.raw"
     image.write_bytes(CONTENT)
     script = BAD_SECOND_MIB.replace("$FILE", str(image)).replace("$ERROR", error)
-    async with nbdkit(directory, ["eval", f"get_size=echo {len(CONTENT)}", f"pread={script}"]) as server:
+    async with nbdkit(
+        directory, ["eval", f"get_size=echo {len(CONTENT)}", "can_multi_conn=exit 0", f"pread={script}"]
+    ) as server:
         yield server
 
 

@@ -92,9 +92,6 @@ class FakeConnection:
         self.in_flight += 1
         self.server.nursery.start_soon(self._answer, offset, end, answer, done)
 
-    def linger(self) -> bool:
-        return False
-
     def trim(self, offset: int, length: int, done: Done) -> None:
         end = offset + length
         self.server.begin(offset, end)

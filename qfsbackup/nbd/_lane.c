@@ -1,0 +1,377 @@
+/* SPDX-License-Identifier: LGPL-2.1-or-later
+ *
+ * Small reads of one disk over a connection of their own, with nothing between the request and the reply of the NBD
+ * server that could be left out: a table of what is in flight, libnbd, and the rules by which a read may go this way.
+ * All others are refused at once, and are then asked for in the ordinary way (disk.py), which knows what is wrong, too.
+ *
+ *     read(answer, token, start, length) -> True ... the server replies ... receive() -> answer(token, content)
+ *                                        '> False: not here                           '> answer(token, None): failed
+ *
+ * A read is taken if all of it is data, in one request that the server answers rightly; if it does not go on where a
+ * recent one ended, for such readers are read ahead of; and if it meets neither one of ours in flight nor one of the
+ * jobs that go the ordinary way, in flight or waiting (inflight.py). These in turn wait for ours that they meet, until
+ * `advance` is called. The first trim closes the lane for good.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <libnbd.h>
+#include <structmember.h>
+
+#define LONGEST 65536 /* bytes of a read */
+#define SLOTS 32      /* reads in flight */
+#define RECENT 64     /* ends of reads that are remembered */
+#define MOST_JOBS 32  /* of others, that are looked at */
+
+typedef struct {
+    int64_t cookie;
+    unsigned long long first, last; /* what was asked for, in whole units */
+    unsigned long long start;
+    Py_ssize_t length;
+    PyObject *answer, *token;
+    char *buffer;
+} Slot;
+
+typedef struct {
+    PyObject_HEAD
+    struct nbd_handle *handle;
+    PyObject *owner;             /* the NBD object whose handle it is */
+    PyObject *blocked;           /* called where the socket did not take all of a request */
+    PyObject *running, *waiting; /* a dict and a list: the jobs that go the ordinary way, with `start` and `end` */
+    PyObject *advance;
+    PyObject *status; /* `broken` is None as long as anything may be read */
+    Py_buffer data;   /* borders as in ranges.py */
+    unsigned long long size, unit, border;
+    int closed, in_flight;
+    Slot slot[SLOTS]; /* the first `in_flight` are in use */
+    unsigned long long ends[RECENT];
+    unsigned newest;
+    unsigned long long requests, asked, answered; /* counters; the latter two in bytes */
+} Lane;
+
+static PyObject *broken_name, *start_name, *end_name;
+
+/* Does a read that begins here go on where a recent one ended? Remembers its own end. */
+static int goes_on(Lane *self, unsigned long long start, unsigned long long end)
+{
+    int i, found = 0;
+
+    for (i = 0; i < RECENT && !found; i++)
+        found = self->ends[i] == start;
+    self->ends[self->newest++ % RECENT] = end;
+    return found;
+}
+
+static int is_data(const Lane *self, unsigned long long first, unsigned long long last)
+{
+    const unsigned long long *borders = self->data.buf;
+    size_t low = 0, high = self->data.len / sizeof *borders, count = high;
+
+    while (low < high) { /* the first border behind `first` */
+        size_t middle = (low + high) / 2;
+
+        if (borders[middle] > first)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low % 2 && low < count && last <= borders[low];
+}
+
+static int meets(const Lane *self, unsigned long long first, unsigned long long last)
+{
+    int i;
+
+    for (i = 0; i < self->in_flight; i++)
+        if (self->slot[i].first < last && first < self->slot[i].last)
+            return 1;
+    return 0;
+}
+
+/* Does a job reach into the range? In doubt it does. */
+static int job_meets(PyObject *job, unsigned long long first, unsigned long long last)
+{
+    PyObject *start = PyObject_GetAttr(job, start_name), *end = PyObject_GetAttr(job, end_name);
+    int does = !start || !end ||
+               (PyLong_AsUnsignedLongLong(start) < last && first < PyLong_AsUnsignedLongLong(end));
+
+    Py_XDECREF(start);
+    Py_XDECREF(end);
+    if (PyErr_Occurred()) {
+        PyErr_Clear();
+        return 1;
+    }
+    return does;
+}
+
+static int meets_jobs(const Lane *self, unsigned long long first, unsigned long long last)
+{
+    Py_ssize_t position = 0, i;
+    PyObject *job, *unused;
+
+    if (PyDict_Size(self->running) + PyList_GET_SIZE(self->waiting) > MOST_JOBS)
+        return 1;
+    while (PyDict_Next(self->running, &position, &job, &unused))
+        if (job_meets(job, first, last))
+            return 1;
+    for (i = 0; i < PyList_GET_SIZE(self->waiting); i++)
+        if (job_meets(PyList_GET_ITEM(self->waiting, i), first, last))
+            return 1;
+    return 0;
+}
+
+static int is_broken(const Lane *self)
+{
+    PyObject *broken = PyObject_GetAttr(self->status, broken_name);
+    int is = broken != Py_None;
+
+    Py_XDECREF(broken);
+    if (!broken)
+        PyErr_Clear();
+    return is;
+}
+
+static int may_go(const Lane *self, unsigned long long first, unsigned long long last)
+{
+    return !self->closed && first < last && last <= self->size && last - first <= LONGEST &&
+           first / self->border == (last - 1) / self->border && self->in_flight < SLOTS && is_data(self, first, last) &&
+           !meets(self, first, last) && !meets_jobs(self, first, last) && !is_broken(self);
+}
+
+static PyObject *lane_read(Lane *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    unsigned long long start, length, first, last;
+    Slot *slot;
+
+    if (count != 4)
+        return PyErr_Format(PyExc_TypeError, "read(answer, token, start, length)");
+    start = PyLong_AsUnsignedLongLong(arguments[2]);
+    length = PyLong_AsUnsignedLongLong(arguments[3]);
+    if (PyErr_Occurred())
+        return NULL;
+    first = start / self->unit * self->unit;
+    last = (start + length + self->unit - 1) / self->unit * self->unit;
+    if (last > self->size)
+        last = self->size;
+    if (goes_on(self, start, start + length) || start + length > self->size || !may_go(self, first, last))
+        Py_RETURN_FALSE;
+    slot = &self->slot[self->in_flight];
+    if (!slot->buffer && !(slot->buffer = PyMem_RawMalloc(LONGEST)))
+        Py_RETURN_FALSE;
+    slot->cookie = nbd_aio_pread(self->handle, slot->buffer, last - first, first, NBD_NULL_COMPLETION, 0);
+    if (slot->cookie < 0)
+        Py_RETURN_FALSE;
+    slot->first = first;
+    slot->last = last;
+    slot->start = start;
+    slot->length = (Py_ssize_t)length;
+    slot->answer = Py_NewRef(arguments[0]);
+    slot->token = Py_NewRef(arguments[1]);
+    self->in_flight++;
+    self->requests++;
+    self->asked += last - first;
+    if (nbd_aio_get_direction(self->handle) & LIBNBD_AIO_DIRECTION_WRITE) {
+        PyObject *result = PyObject_CallNoArgs(self->blocked);
+
+        if (!result)
+            PyErr_WriteUnraisable(self->blocked);
+        Py_XDECREF(result);
+    }
+    Py_RETURN_TRUE;
+}
+
+/* Answers the read in a slot, which is then free. An answer that raises is reported and forgotten. */
+static void settle(Lane *self, int index, int has_come)
+{
+    Slot slot = self->slot[index], *last = &self->slot[self->in_flight - 1];
+    PyObject *content = Py_None, *result;
+
+    self->slot[index] = *last;
+    last->buffer = NULL;
+    self->in_flight--;
+    if (has_come) {
+        content = PyMemoryView_FromMemory(slot.buffer + (slot.start - slot.first), slot.length, PyBUF_READ);
+        self->answered += slot.length;
+    }
+    result = content ? PyObject_CallFunctionObjArgs(slot.answer, slot.token, content, NULL) : NULL;
+    if (!result)
+        PyErr_WriteUnraisable(slot.answer);
+    Py_XDECREF(result);
+    if (has_come)
+        Py_XDECREF(content);
+    Py_DECREF(slot.answer);
+    Py_DECREF(slot.token);
+    if (last->buffer)
+        PyMem_RawFree(slot.buffer);
+    else
+        last->buffer = slot.buffer;
+}
+
+static PyObject *lane_receive(Lane *self, PyObject *unused)
+{
+    int i, settled = 0;
+
+    if (!self->in_flight || !self->owner)
+        Py_RETURN_FALSE;
+    nbd_aio_notify_read(self->handle); /* where that fails, so do the reads */
+    for (i = 0; i < self->in_flight;) {
+        int over = nbd_aio_command_completed(self->handle, self->slot[i].cookie);
+
+        if (over)
+            settle(self, i, over == 1);
+        else
+            i++;
+        settled |= over;
+    }
+    if (settled && PyList_GET_SIZE(self->waiting)) {
+        PyObject *result = PyObject_CallNoArgs(self->advance);
+
+        if (!result)
+            return NULL;
+        Py_DECREF(result);
+    }
+    return PyBool_FromLong(!nbd_aio_is_dead(self->handle) && !nbd_aio_is_closed(self->handle));
+}
+
+static PyObject *lane_meets(Lane *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    unsigned long long start, end;
+
+    if (count != 2)
+        return PyErr_Format(PyExc_TypeError, "meets(start, end)");
+    start = PyLong_AsUnsignedLongLong(arguments[0]);
+    end = PyLong_AsUnsignedLongLong(arguments[1]);
+    return PyErr_Occurred() ? NULL : PyBool_FromLong(meets(self, start, end));
+}
+
+static PyObject *lane_close(Lane *self, PyObject *unused)
+{
+    self->closed = 1;
+    Py_RETURN_NONE;
+}
+
+static int lane_init(Lane *self, PyObject *arguments, PyObject *unused)
+{
+    PyObject *owner, *blocked, *running, *waiting, *advance, *status, *data, *capsule;
+    int i;
+
+    if (!PyArg_ParseTuple(arguments, "OOO!O!OOOKKK", &owner, &blocked, &PyDict_Type, &running, &PyList_Type, &waiting,
+                          &advance, &status, &data, &self->size, &self->unit, &self->border))
+        return -1;
+    if (!self->unit || !self->border || self->owner) {
+        PyErr_SetString(PyExc_ValueError, "unit and border are more than 0, and a lane is made once");
+        return -1;
+    }
+    if (!(capsule = PyObject_GetAttrString(owner, "_o")))
+        return -1;
+    self->handle = PyCapsule_GetPointer(capsule, "nbd_handle"); /* as libnbd's own Python module makes it */
+    Py_DECREF(capsule);
+    if (!self->handle || PyObject_GetBuffer(data, &self->data, PyBUF_SIMPLE) < 0)
+        return -1;
+    self->owner = Py_NewRef(owner);
+    self->blocked = Py_NewRef(blocked);
+    self->running = Py_NewRef(running);
+    self->waiting = Py_NewRef(waiting);
+    self->advance = Py_NewRef(advance);
+    self->status = Py_NewRef(status);
+    for (i = 0; i < RECENT; i++)
+        self->ends[i] = (unsigned long long)-1;
+    return 0;
+}
+
+static int lane_traverse(Lane *self, visitproc visit, void *arg)
+{
+    int i;
+
+    Py_VISIT(self->owner);
+    Py_VISIT(self->blocked);
+    Py_VISIT(self->running);
+    Py_VISIT(self->waiting);
+    Py_VISIT(self->advance);
+    Py_VISIT(self->status);
+    for (i = 0; i < self->in_flight; i++) {
+        Py_VISIT(self->slot[i].answer);
+        Py_VISIT(self->slot[i].token);
+    }
+    return 0;
+}
+
+static int lane_clear(Lane *self)
+{
+    self->closed = 1;
+    Py_CLEAR(self->owner);
+    Py_CLEAR(self->blocked);
+    Py_CLEAR(self->running);
+    Py_CLEAR(self->waiting);
+    Py_CLEAR(self->advance);
+    Py_CLEAR(self->status);
+    return 0;
+}
+
+/* What is still in flight may yet be written to its buffer by libnbd: that memory is never given back. */
+static void lane_dealloc(Lane *self)
+{
+    int i;
+
+    PyObject_GC_UnTrack(self);
+    lane_clear(self);
+    for (i = 0; i < SLOTS; i++) {
+        if (i < self->in_flight) {
+            Py_DECREF(self->slot[i].answer);
+            Py_DECREF(self->slot[i].token);
+        } else {
+            PyMem_RawFree(self->slot[i].buffer);
+        }
+    }
+    if (self->data.obj)
+        PyBuffer_Release(&self->data);
+    Py_TYPE(self)->tp_free((PyObject *)self);
+}
+
+static PyMethodDef lane_methods[] = {
+    {"read", (PyCFunction)(void (*)(void))lane_read, METH_FASTCALL,
+     "read(answer, token, start, length): was it taken? If so, answer(token, content or None) is called, once."},
+    {"receive", (PyCFunction)lane_receive, METH_NOARGS,
+     "receive(): take the replies that are there; False where none is awaited, or the connection is dead."},
+    {"meets", (PyCFunction)(void (*)(void))lane_meets, METH_FASTCALL, "meets(start, end): a read that is in flight?"},
+    {"close", (PyCFunction)lane_close, METH_NOARGS, "close(): take no more reads."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyMemberDef lane_members[] = {
+    {"in_flight", T_INT, offsetof(Lane, in_flight), READONLY, "how many reads the server has not answered"},
+    {"requests", T_ULONGLONG, offsetof(Lane, requests), READONLY, "how many reads were sent to the server"},
+    {"asked", T_ULONGLONG, offsetof(Lane, asked), READONLY, "bytes that were asked for"},
+    {"answered", T_ULONGLONG, offsetof(Lane, answered), READONLY, "bytes that were answered"},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyTypeObject lane_type = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "qfsbackup.nbd._lane.Lane",
+    .tp_doc = "Lane(handle, blocked, running, waiting, advance, status, data, size, unit, border)",
+    .tp_basicsize = sizeof(Lane),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .tp_new = PyType_GenericNew,
+    .tp_init = (initproc)lane_init,
+    .tp_dealloc = (destructor)lane_dealloc,
+    .tp_traverse = (traverseproc)lane_traverse,
+    .tp_clear = (inquiry)lane_clear,
+    .tp_methods = lane_methods,
+    .tp_members = lane_members,
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_lane", "Small reads, the short way", -1, NULL, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__lane(void)
+{
+    PyObject *module = PyModule_Create(&definition);
+
+    broken_name = PyUnicode_InternFromString("broken");
+    start_name = PyUnicode_InternFromString("start");
+    end_name = PyUnicode_InternFromString("end");
+    if (!module || !broken_name || !start_name || !end_name || PyType_Ready(&lane_type) < 0 ||
+        PyModule_AddObjectRef(module, "Lane", (PyObject *)&lane_type) < 0)
+        return NULL;
+    return module;
+}

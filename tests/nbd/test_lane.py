@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The short way of small reads: what goes it and what does not, the right bytes or none, nothing in flight overlaps.
+
+All on real servers, for the lane is C over libnbd.
+"""
+
+import random
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from qfsbackup.errors import FsError
+from qfsbackup.model import CLUSTER, Buffer, Disk
+from qfsbackup.nbd.bandwidth import Bandwidth
+from qfsbackup.status import DiskStatus, Status
+from tests.harness.disk import MIB
+from tests.harness.nbd_server import nbdkit
+from tests.harness.qemu import Qemu
+from tests.nbd.disks import CONTENT, half_broken, opened, served
+
+SIZE = len(CONTENT)
+
+
+class Read:
+    """One read by the short way."""
+
+    def __init__(self, disk: Disk, start: int, length: int) -> None:
+        self.content: bytes | None = None
+        self.tokens: list[object] = []
+        self._over = trio.Event()
+        self.taken = disk.short_cut is not None and disk.short_cut(self._answer, self, start, length)
+
+    def _answer(self, token: object, content: Buffer | None) -> None:
+        self.tokens.append(token)
+        self.content = None if content is None else bytes(content)
+        self._over.set()
+
+    async def answer(self) -> bytes | None:
+        """What was read, None where it failed."""
+        with trio.fail_after(10):
+            await self._over.wait()
+        assert self.tokens == [self], "answered once, and with the token that it was given"
+        return self.content
+
+
+async def short(disk: Disk, start: int, length: int) -> bytes | None:
+    """What the short way gives; None where it does not take the read, or fails."""
+    read = Read(disk, start, length)
+    return await read.answer() if read.taken else None
+
+
+@asynccontextmanager
+async def slow(directory: Path, *filters: str) -> AsyncIterator[tuple[Disk, DiskStatus]]:
+    """CONTENT on a server that takes a moment for each read."""
+    image = directory / "slow.raw"
+    image.write_bytes(CONTENT)
+    words = [f"--filter={name}" for name in filters] + ["--filter=delay", "file", str(image), "delay-read=50ms"]
+    async with nbdkit(directory, words) as server, opened(server.uri, SIZE) as (disk, counters):
+        yield disk, counters
+
+
+async def test_a_small_read_gives_the_bytes_and_is_counted(qemu: Qemu, tmp_path: Path) -> None:
+    async with served(qemu, tmp_path) as server, opened(server.uri, SIZE) as (disk, counters):
+        for start, length in [(4096, 4096), (1, 1), (12345, 6789), (SIZE - 512, 512), (CLUSTER, CLUSTER)]:
+            assert await short(disk, start, length) == CONTENT[start : start + length]
+        assert counters.short_cut is not None
+        assert counters.short_cut.requests == 5
+        assert counters.short_cut.answered == counters.short_cut.asked == 4096 + 1 + 6789 + 512 + CLUSTER
+        assert counters.nbd_requests == 0
+
+
+async def test_what_is_no_small_random_read_of_data_is_refused(qemu: Qemu, tmp_path: Path) -> None:
+    content = CONTENT[:MIB] + bytes(MIB) + CONTENT[2 * MIB :]
+    async with served(qemu, tmp_path, content) as server, opened(server.uri, SIZE) as (disk, _):
+        assert not Read(disk, MIB, 512).taken, "a hole"
+        assert not Read(disk, MIB - 512, 1024).taken, "the edge of one"
+        assert not Read(disk, 0, CLUSTER + 1).taken, "a large one"
+        assert not Read(disk, 512 * 1024 - 512, 1024).taken, "one that needs two requests"
+        assert not Read(disk, SIZE - 512, 1024).taken, "one behind the end"
+        assert await short(disk, 8192, 4096) is not None
+        assert not Read(disk, 12288, 4096).taken, "one that goes on where one has ended"
+        assert not Read(disk, 16384, 4096).taken, "and so on: it was refused, but read all the same"
+
+
+async def test_a_read_meets_neither_another_one_nor_a_job(tmp_path: Path) -> None:
+    async with slow(tmp_path) as (disk, _):
+        first, meets, beside = (Read(disk, start, 4096) for start in (8192, 8192 + 4095, 65536))
+        assert (first.taken, meets.taken, beside.taken) == (True, False, True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read_right, disk, 0, 16384)  # waits for the first one
+            await trio.testing.wait_all_tasks_blocked()
+            assert not Read(disk, 4096, 512).taken, "it meets a job that waits"
+            assert Read(disk, 3 * MIB, 512).taken
+            assert await first.answer() == CONTENT[8192 : 8192 + 4096]
+            assert await beside.answer() == CONTENT[65536 : 65536 + 4096]
+            assert not Read(disk, 4096, 512).taken, "it meets a job in flight"
+        assert await short(disk, 4096, 512) == CONTENT[4096 : 4096 + 512]
+
+
+async def read_right(disk: Disk, start: int, length: int) -> None:
+    assert await disk.read(start, length) == CONTENT[start : start + length]
+
+
+async def test_the_first_trim_and_a_broken_snapshot_end_it(qemu: Qemu, tmp_path: Path) -> None:
+    async with served(qemu, tmp_path) as server, opened(server.uri, SIZE) as (disk, _):
+        assert await short(disk, 0, 512) is not None
+        await disk.trim(MIB, CLUSTER)
+        assert not Read(disk, 3 * MIB, 512).taken
+        assert await disk.read(3 * MIB, 512) == CONTENT[3 * MIB : 3 * MIB + 512]
+    status = Status()
+    (tmp_path / "again").mkdir()
+    async with served(qemu, tmp_path / "again") as server, opened(server.uri, SIZE, status) as (disk, _):
+        assert await short(disk, 0, 512) is not None
+        status.mark_broken("a test says so")
+        assert not Read(disk, 3 * MIB, 512).taken
+
+
+async def test_a_trim_waits_for_the_reads_in_flight(tmp_path: Path) -> None:
+    async with slow(tmp_path) as (disk, _), trio.open_nursery() as nursery:
+        read = Read(disk, CLUSTER, 4096)
+        assert read.taken
+        nursery.start_soon(disk.trim, CLUSTER, CLUSTER)
+        assert await read.answer() == CONTENT[CLUSTER : CLUSTER + 4096]
+
+
+async def test_a_bad_sector_is_told_and_harms_nobody_else(tmp_path: Path) -> None:
+    async with half_broken(tmp_path, "EIO") as server, opened(server.uri, SIZE) as (disk, _):
+        bad, good = Read(disk, MIB + 4096, 512), Read(disk, 4096, 512)
+        assert (bad.taken, good.taken) == (True, True)
+        assert await bad.answer() is None
+        assert await good.answer() == CONTENT[4096 : 4096 + 512]
+        with pytest.raises(FsError):
+            await disk.read(MIB + 4096, 512)
+        assert await short(disk, 3 * MIB, 512) == CONTENT[3 * MIB : 3 * MIB + 512]
+
+
+async def test_a_server_that_dies_leaves_no_read_without_an_answer(tmp_path: Path) -> None:
+    status = Status()
+    image = tmp_path / "image"
+    image.write_bytes(CONTENT)
+    words = ["--filter=delay", "file", str(image), "delay-read=60"]
+    async with nbdkit(tmp_path, words) as server, opened(server.uri, SIZE, status) as (disk, _):
+        reads = [Read(disk, number * CLUSTER, 512) for number in range(20)]
+        assert all(read.taken for read in reads)
+        server.process.kill()
+        for read in reads:
+            assert await read.answer() is None
+        assert status.broken
+        assert not Read(disk, 3 * MIB, 512).taken
+        with pytest.raises(FsError):
+            await disk.read(0, 512)
+
+
+async def test_a_minimum_block_is_honoured(tmp_path: Path) -> None:
+    policy = ["blocksize-minimum=4096", "blocksize-error-policy=error"]
+    image = tmp_path / "image"
+    image.write_bytes(CONTENT)
+    words = ["--filter=blocksize-policy", "file", str(image), *policy]
+    async with nbdkit(tmp_path, words) as server, opened(server.uri, SIZE) as (disk, counters):
+        assert await short(disk, 5000, 10) == CONTENT[5000:5010]
+        assert await short(disk, 8190, 4) == CONTENT[8190:8194]
+        assert counters.short_cut is not None
+        assert (counters.short_cut.asked, counters.short_cut.answered) == (3 * 4096, 14)
+
+
+async def test_who_has_to_pay_goes_the_ordinary_way(qemu: Qemu, tmp_path: Path) -> None:
+    async with (
+        served(qemu, tmp_path) as server,
+        opened(server.uri, SIZE, bandwidth=Bandwidth(MIB)) as (disk, _),
+    ):
+        assert disk.short_cut is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_readers_of_all_kinds_get_the_disk_and_nothing_in_flight_overlaps(tmp_path: Path, seed: int) -> None:
+    """Small reads by both ways, large ones, readers in sequence, and trims of the last MiB; nbdkit writes down what is
+    in flight."""
+    image, log = tmp_path / "image", tmp_path / "log"
+    image.write_bytes(CONTENT)
+    words = ["--filter=log", "--filter=delay", "file", str(image), "rdelay=1ms", f"logfile={log}"]
+    async with nbdkit(tmp_path, words) as server, opened(server.uri, SIZE) as (disk, counters):
+        taken = 0
+
+        async def reader(number: int) -> None:
+            nonlocal taken
+            chance = random.Random(seed * 100 + number)
+            for turn in range(60):
+                start, length = chance.randrange(3 * MIB), chance.choice([1, 512, 4096, 4096, 65536, 200_000])
+                if number == 3 and turn > 40:
+                    await disk.trim(3 * MIB + chance.randrange(MIB - 2 * CLUSTER), 2 * CLUSTER)
+                for begin in range(start, min(start + chance.choice([1, 1, 1, 4]) * length, 3 * MIB), length):
+                    end = min(begin + length, 3 * MIB)
+                    content = await short(disk, begin, end - begin)
+                    taken += content is not None
+                    if content is None:
+                        content = bytes(await disk.read(begin, end - begin))
+                    assert content == CONTENT[begin:end]
+
+        async with trio.open_nursery() as nursery:
+            for number in range(seed, 4):
+                nursery.start_soon(reader, number)
+        assert taken >= 10
+        assert counters.nbd_requests >= 10
+    assert_apart(log.read_text())
+
+
+def assert_apart(log: str) -> None:
+    """`Read id=N offset=O count=C ...` begins a request, `...Read id=N return=0` ends it."""
+    running: dict[str, tuple[int, int]] = {}
+    begun = 0
+    for line in log.splitlines():
+        where = re.search(r"connection=(\d+)", line)
+        begins = re.search(r" (?:Read|Trim) id=(\d+) offset=(\w+) count=(\w+)", line)
+        ends = re.search(r"\.\.\.(?:Read|Trim) id=(\d+)", line)
+        if where and begins:
+            start, length = int(begins[2], 0), int(begins[3], 0)
+            assert not [other for other in running.values() if other[0] < start + length and start < other[1]], line
+            running[f"{where[1]}.{begins[1]}"] = start, start + length
+            begun += 1
+        elif where and ends:
+            del running[f"{where[1]}.{ends[1]}"]
+    assert begun > 20

@@ -27,7 +27,7 @@ def describe(directory: Path) -> dict[str, str]:
         "processor": f"{len(os.sched_getaffinity(0))} cores, {_model()}",
         "memory": f"{memory:.0f} GiB",
         "kernel": platform.release(),
-        "QEMU": ".".join(map(str, selected()[0].version)),
+        "QEMU": ".".join(map(str, selected()[-1].version)),
         "Python": platform.python_version(),
         **versions,
         "images": f"raw, on {_first_line(['stat', '--file-system', '--format=%T', str(directory)])}",

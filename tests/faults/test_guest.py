@@ -140,6 +140,27 @@ async def a_killed_worker(bed: Bed) -> None:
             os.kill(worker, signal.SIGKILL)
 
 
+async def a_killed_supervisor(bed: Bed) -> None:
+    """The worker ends in order."""
+    async with mounted(bed.socket, bed.folder / "orphan", f"fleece={bed.folder}", expected=[-9]) as mount:
+        await reads(mount.image("vda"))
+        worker = await mount.worker()
+        async with ended([worker, mount.process.pid]):
+            mount.process.kill()
+
+
+async def a_qemu_that_hangs_for_a_while(bed: Bed) -> None:
+    """Nobody's fault, and nobody's loss."""
+    async with mounted(bed.socket, bed.folder / "hung", f"fleece={bed.folder}") as mount:
+        bed.vm.process.send(signal.SIGSTOP)
+        try:
+            with trio.fail_after(5):
+                assert (await mount.status())["state"] == "ready"
+        finally:
+            bed.vm.process.send(signal.SIGCONT)
+        await reads(mount.image("vdb"))
+
+
 async def a_full_fleecing_store(bed: Bed) -> None:
     """The guest fills it."""
     async with (
@@ -172,6 +193,8 @@ FAULTS = [
     both_killed_while_the_guest_is_stopped,
     an_agent_that_dies_while_the_guest_is_frozen,
     a_killed_worker,
+    a_killed_supervisor,
+    a_qemu_that_hangs_for_a_while,
     a_full_fleecing_store,
     a_migration,
 ]

@@ -48,6 +48,7 @@ static PyObject *settle_read; /* this module's settle() */
 static int extended;          /* has a session been made with our table? */
 static int is_over;           /* may no request be answered any more? */
 static int needs_loop;        /* does a task work, which the event loop has to run? */
+static int was_small;         /* has a short cut taken the last read? */
 
 /* Calls `callable(*arguments)`; steals `arguments`. A callback that raises is answered with EIO. Needs the GIL. */
 static void dispatch(PyObject *callable, PyObject *arguments, fuse_req_t request)
@@ -110,7 +111,8 @@ static void op_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t o
     PyObject *arguments = Py_BuildValue("KKLn", (unsigned long long)(uintptr_t)request, (unsigned long long)info->fh,
                                         (long long)offset, (Py_ssize_t)length);
 
-    if (arguments && is_cut_short(arguments, offset, length))
+    was_small = arguments && is_cut_short(arguments, offset, length);
+    if (was_small)
         Py_DECREF(arguments);
     else
         dispatch(on_read, arguments, request);
@@ -198,9 +200,9 @@ static void call_ready(const struct pollfd *polled, PyObject **callables, int co
     }
 }
 
-/* poll(2) for at most `longest` ns, at first without sleeping: where the machine is idle but for reader and server, being
- * woken up takes longer than a small read. Whoever else can run on this processor does. If looking was in vain, the next
- * call does not look. */
+/* poll(2) for at most `longest` ns. For small reads at first without sleeping: where the machine is idle but for reader
+ * and server, being woken up takes longer than such a read. Whoever else can run on this processor does; with large
+ * reads somebody always can, and we would come last. If looking was in vain, the next call does not look. */
 static int wait_for_event(struct pollfd *polled, int count, long longest)
 {
     static long looking = LOOKING;
@@ -208,7 +210,7 @@ static int wait_for_event(struct pollfd *polled, int count, long longest)
     long begin = now(), waited = 0;
     int ready = ppoll(polled, count, &at_once, NULL);
 
-    while (!ready && waited < looking && waited < longest) {
+    while (!ready && was_small && waited < looking && waited < longest) {
         sched_yield();
         ready = ppoll(polled, count, &at_once, NULL);
         waited = now() - begin;

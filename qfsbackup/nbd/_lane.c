@@ -50,31 +50,48 @@ typedef struct {
 
 static PyObject *broken_name, *start_name, *end_name;
 
-/* Does a read that begins here go on where a recent one ended? Remembers its own end. */
-static int goes_on(Lane *self, unsigned long long start, unsigned long long end)
-{
-    int i, found = 0;
-
-    for (i = 0; i < RECENT && !found; i++)
-        found = self->ends[i] == start;
-    self->ends[self->newest++ % RECENT] = end;
-    return found;
-}
-
-static int is_data(const Lane *self, unsigned long long first, unsigned long long last)
+/* The number of borders at or below `offset`; odd where it is data. */
+static size_t borders_before(const Lane *self, unsigned long long offset)
 {
     const unsigned long long *borders = self->data.buf;
-    size_t low = 0, high = self->data.len / sizeof *borders, count = high;
+    size_t low = 0, high = self->data.len / sizeof *borders;
 
-    while (low < high) { /* the first border behind `first` */
+    while (low < high) {
         size_t middle = (low + high) / 2;
 
-        if (borders[middle] > first)
+        if (borders[middle] > offset)
             high = middle;
         else
             low = middle + 1;
     }
-    return low % 2 && low < count && last <= borders[low];
+    return low;
+}
+
+/* The first data at or behind `offset`. */
+static unsigned long long wanted(const Lane *self, unsigned long long offset)
+{
+    size_t before = borders_before(self, offset), count = self->data.len / sizeof offset;
+
+    return before % 2 ? offset : before < count ? ((unsigned long long *)self->data.buf)[before] : self->size;
+}
+
+static int is_data(const Lane *self, unsigned long long first, unsigned long long last)
+{
+    size_t before = borders_before(self, first);
+
+    return before % 2 && last <= ((unsigned long long *)self->data.buf)[before];
+}
+
+/* Does a read that begins here go on where a recent one ended, or behind the hole there? Remembers its own end. */
+static int goes_on(Lane *self, unsigned long long start, unsigned long long end)
+{
+    int i, found = 0;
+
+    start = wanted(self, start);
+    for (i = 0; i < RECENT && !found; i++)
+        found = self->ends[i] == start;
+    self->ends[self->newest++ % RECENT] = wanted(self, end);
+    return found;
 }
 
 static int meets(const Lane *self, unsigned long long first, unsigned long long last)

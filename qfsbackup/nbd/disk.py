@@ -99,7 +99,7 @@ class NbdDisk:
         if hit and (offset < hit.fetch.start or hit.fetch.end < end):
             return False
         if hit:
-            self._readahead.take(hit, length)
+            self._readahead.take(hit, offset, end)
         fetch = hit.fetch if hit else self._direct(offset, end).fetch
         self._readahead.advance(offset, end, hit)
         fetch.when_over(partial(_answer, fetch, offset, end, answer))
@@ -168,7 +168,7 @@ class NbdDisk:
                 parts.append(self._direct(start, block.fetch.start))
                 start = block.fetch.start
             stop = min(end, block.fetch.end)
-            self._readahead.take(block, stop - start)
+            self._readahead.take(block, start, stop)
             parts.append(_Part(block.fetch, start, stop, block))
             start = stop
         if start < end:

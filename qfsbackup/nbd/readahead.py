@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Who reads a disk in sequence, and what they will want next.
 
-A reader is known by where its last read ended. The second read that starts there makes it sequential: from then on
-blocks are fetched ahead of it, up to its window, which doubles with every block it used up:
+A reader is known by where its last read ended, or by where there is data again behind that. The second read that
+starts there makes it sequential: from then on blocks are fetched ahead of it, up to its window, which doubles with
+every block it used up:
 
     disk   ======.......=========================.........
                ^next                 ^ahead
@@ -49,9 +50,10 @@ class Block:
 
     __slots__ = ("fetch", "left", "reader")
 
-    def __init__(self, fetch: Fetch, reader: Reader) -> None:
+    def __init__(self, fetch: Fetch, reader: Reader, data: int) -> None:
+        """`data`: how many bytes of it are no holes."""
         self.fetch = fetch
-        self.left = fetch.end - fetch.start  # bytes nobody has taken
+        self.left = data  # bytes of it that nobody has taken
         self.reader = reader
 
 
@@ -66,7 +68,7 @@ class Readahead:
         self._size = size
         self._budget = budget
         self._kept_to = RangeSet()
-        self._readers: OrderedDict[int, Reader] = OrderedDict()  # by `next`, the longest idle first
+        self._readers: OrderedDict[int, Reader] = OrderedDict()  # by what they want next, the longest idle first
         self._cells: dict[int, list[Block]] = {}  # by start // BLOCK
 
     def keep_to(self, ranges: RangeSet) -> None:
@@ -85,9 +87,9 @@ class Readahead:
         ]
         return sorted(found, key=_start) if len(found) > 1 else found
 
-    def take(self, block: Block, length: int) -> None:
-        """A reader was given `length` bytes of the block."""
-        block.left -= length
+    def take(self, block: Block, start: int, end: int) -> None:
+        """A reader was given `[start, end)`, which lies in the block."""
+        block.left -= self._data.total_within(start, end)
         if block.left <= 0:
             block.reader.window *= 2
             self._let_go(block)
@@ -99,9 +101,9 @@ class Readahead:
 
     def advance(self, start: int, end: int, hit: Block | None) -> None:
         """Somebody reads `[start, end)`, and found `hit` there. Fetches what comes next, if that is to be expected."""
-        reader = self._readers.pop(start, None)
+        reader = self._readers.pop(self._wanted(start), None)
         if reader is None and hit:
-            reader = self._readers.pop(hit.reader.next, hit.reader)
+            reader = self._readers.pop(self._wanted(hit.reader.next), hit.reader)
         if reader is None:
             self._remember(Reader(end))
             return
@@ -122,11 +124,15 @@ class Readahead:
         for reader in list(self._readers.values()):
             self._drop(reader)
 
+    def _wanted(self, position: int) -> int:
+        """The data at or behind `position`: who skips holes goes on there, and so does who reads them."""
+        return self._data.next_inside(position, self._size)
+
     def _remember(self, reader: Reader) -> None:
-        twin = self._readers.pop(reader.next, None)
+        twin = self._readers.pop(self._wanted(reader.next), None)
         if twin:
             self._drop(twin)
-        self._readers[reader.next] = reader
+        self._readers[self._wanted(reader.next)] = reader
         if len(self._readers) > READERS:
             self._drop(self._readers.popitem(last=False)[1])
 
@@ -154,7 +160,8 @@ class Readahead:
                 reader.ahead = start
                 return
             held += end - start
-            self._add(Block(Fetch(self._pool, self._data, start, end), reader))
+            fetch = Fetch(self._pool, self._data, start, end)
+            self._add(Block(fetch, reader, self._data.total_within(start, end)))
 
     def _limit(self, position: int) -> int:
         """How far a reader that has come to `position` is looked ahead."""

@@ -82,6 +82,8 @@ async def test_what_is_no_small_random_read_of_data_is_refused(qemu: Qemu, tmp_p
         assert not Read(disk, 0, CLUSTER + 1).taken, "a large one"
         assert not Read(disk, 512 * 1024 - 512, 1024).taken, "one that needs two requests"
         assert not Read(disk, SIZE - 512, 1024).taken, "one behind the end"
+        assert await short(disk, MIB - 4096, 4096) is not None
+        assert not Read(disk, 2 * MIB, 4096).taken, "one that goes on behind a hole"
         assert await short(disk, 8192, 4096) is not None
         assert not Read(disk, 12288, 4096).taken, "one that goes on where one has ended"
         assert not Read(disk, 16384, 4096).taken, "and so on: it was refused, but read all the same"

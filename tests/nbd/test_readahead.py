@@ -143,6 +143,19 @@ async def test_a_reader_that_goes_on_behind_a_hole_is_still_known() -> None:
 
 
 @in_fast_time
+async def test_a_reader_that_skips_holes_is_read_ahead_of() -> None:
+    """As `cp --sparse=auto` reads: each piece of data, and nothing between them."""
+    pieces = [(start, start + 2 * CLUSTER) for start in range(0, SIZE - 2 * CLUSTER, MIB)]
+    content, data = sparse(RangeSet([(0, SIZE)]) - RangeSet(pieces))
+    async with fake_disk(content, data) as bed:
+        for number, (start, end) in enumerate(pieces):
+            if number > 1:
+                assert any(first <= start < last for first, last in bed.server.reads), f"{number} had to wait"
+            assert await bed.disk.read(start, end - start) == content[start:end]
+        assert bed.status.nbd_bytes == data.total()
+
+
+@in_fast_time
 async def test_all_readers_together_stay_within_the_budget() -> None:
     budget = Budget(total=8 * MIB)
     async with fake_disk(CONTENT, budget=budget) as one, fake_disk(CONTENT, budget=budget) as two:

@@ -107,6 +107,15 @@ class MapFile:
         tail = self._ends[1] if page == self._pages - 1 else ""
         return "".join((head, *lines, tail)).encode()
 
+    @property
+    def is_measured(self) -> bool:
+        """Do its attributes come at once."""
+        return "_offsets" in self.__dict__
+
+    def measure(self) -> None:
+        """See how long each page is: for millions of extents this takes seconds. May be called in a thread."""
+        _ = self._offsets
+
     def attributes(self) -> Attributes:
         size = self._offsets[-1]
         return Attributes(self._inode, size, blocks(size, size), self._time)

@@ -23,6 +23,7 @@ import trio
 from qfsbackup.errors import FsError
 from qfsbackup.fs.control import Control
 from qfsbackup.fs.inodes import is_chunk
+from qfsbackup.fs.maps import MapFile
 from qfsbackup.fs.node import Attributes, Directory, File, Handle, Node
 from qfsbackup.fs.tree import Tree
 from qfsbackup.fs.window import Window
@@ -118,8 +119,14 @@ class Operations(ReadOnly):
         entry.attr_timeout = 0.0 if attributes.live else FOREVER
         return entry
 
-    def _remember(self, node: Node) -> pyfuse3.EntryAttributes:
-        attributes = node.attributes()
+    async def _attributes(self, node: Node) -> Attributes:
+        """Whatever others want is not held up while a large map is measured."""
+        if isinstance(node, MapFile) and not node.is_measured:
+            await trio.to_thread.run_sync(node.measure)
+        return node.attributes()
+
+    async def _remember(self, node: Node) -> pyfuse3.EntryAttributes:
+        attributes = await self._attributes(node)
         if not is_chunk(attributes.inode):
             self._nodes[attributes.inode] = node
         return self._entry(attributes)
@@ -138,11 +145,11 @@ class Operations(ReadOnly):
         node = self._directory(parent_inode).lookup(os.fsdecode(name))
         if node is None:
             raise FsError(errno.ENOENT, f"no entry {name!r}")
-        return self._remember(node)
+        return await self._remember(node)
 
     @answered
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._entry(self._node(inode).attributes())
+        return self._entry(await self._attributes(self._node(inode)))
 
     @answered
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileHandleT:
@@ -152,7 +159,7 @@ class Operations(ReadOnly):
     @answered
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         for number, (name, node) in enumerate(self._directory(fh).entries(start_id), start_id + 1):
-            if not pyfuse3.readdir_reply(token, os.fsencode(name), self._remember(node), number):
+            if not pyfuse3.readdir_reply(token, os.fsencode(name), await self._remember(node), number):
                 return
 
     @answered

@@ -78,3 +78,12 @@ async def test_pages_join_without_a_seam(count: int) -> None:
 async def test_the_map_of_an_empty_disk_is_empty() -> None:
     assert await content(maps.MapFile(1, 0, RangeSet(), 0, maps.text_line)) == ""
     assert json.loads(await content(maps.MapFile(1, 0, RangeSet(), 0, maps.json_line, ends=maps.JSON_ENDS))) == []
+
+
+async def test_a_map_that_was_measured_is_as_long_as_it_said() -> None:
+    ranges = RangeSet((2 * number, 2 * number + 1) for number in range(3 * maps.PAGE))
+    file = maps.MapFile(1, 0, ranges, SIZE, maps.text_line)
+    assert not file.is_measured
+    file.measure()
+    assert file.is_measured
+    assert file.attributes().size == len(await content(file))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,6 +19,8 @@ from qfsbackup.nbd.inflight import Done, InFlight, Job
 from qfsbackup.nbd.tasks import background
 from qfsbackup.ranges import RangeSet
 from qfsbackup.status import DiskStatus, Status
+
+log = logging.getLogger(__name__)
 
 REQUEST = 512 * 1024  # bytes a request; QEMU holds up guest writes to a range while it is read
 # QEMU makes a buffer for each request, and glibc gives it back to the kernel as soon as it is free, until a large one
@@ -58,11 +61,16 @@ class Pool:
         """
         if self._bandwidth or len(self._connections) < 2:
             return
-        own, jobs = self._connections.pop(), self._in_flight
-        jobs.depth = DEPTH * len(self._connections)
+        own, jobs = self._connections[-1], self._in_flight
         sizes = own.size, own.minimum, self.limit
         others = jobs.running, jobs.waiting, jobs.advance
-        self.lane = Lane(own.handle, own.send_later, *others, mount, data.borders, *sizes)
+        try:
+            self.lane = Lane(own.handle, own.send_later, *others, mount, data.borders, *sizes)
+        except (AttributeError, ValueError) as error:  # where it keeps its handle is libnbd's own affair
+            log.warning("this libnbd does not let small random reads go the short way: %s", error)
+            return
+        del self._connections[-1]
+        jobs.depth = DEPTH * len(self._connections)
         own.lend(self.lane.receive)
         jobs.neighbour = self._status.short_cut = self.lane
 

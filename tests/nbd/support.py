@@ -68,6 +68,7 @@ class FakeConnection:
 
     can_multi_conn = True
     can_trim = True
+    handle = object()  # none of libnbd's
 
     def __init__(self, server: FakeServer, minimum: int = 1) -> None:
         self.server = server
@@ -91,6 +92,9 @@ class FakeConnection:
 
         self.in_flight += 1
         self.server.nursery.start_soon(self._answer, offset, end, answer, done)
+
+    def send_later(self) -> None:
+        """All goes out at once."""
 
     def trim(self, offset: int, length: int, done: Done) -> None:
         end = offset + length

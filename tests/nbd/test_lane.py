@@ -22,6 +22,7 @@ from tests.harness.disk import MIB
 from tests.harness.nbd_server import nbdkit
 from tests.harness.qemu import Qemu
 from tests.nbd.disks import CONTENT, half_broken, opened, served
+from tests.nbd.support import fake_disk, in_fast_time
 
 SIZE = len(CONTENT)
 
@@ -168,6 +169,14 @@ async def test_a_minimum_block_is_honoured(tmp_path: Path) -> None:
         assert await short(disk, 8190, 4) == CONTENT[8190:8194]
         assert counters.short_cut is not None
         assert (counters.short_cut.asked, counters.short_cut.answered) == (3 * 4096, 14)
+
+
+@in_fast_time
+async def test_a_libnbd_that_hides_its_handle_costs_the_short_way_and_nothing_else() -> None:
+    async with fake_disk(CONTENT) as bed:
+        bed.pool.open_lane(bed.disk.data, bed.mount)
+        assert bed.disk.short_cut is None
+        await read_right(bed.disk, 4096, 4096)
 
 
 async def test_who_has_to_pay_goes_the_ordinary_way(qemu: Qemu, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ class _Walker:
         except ConnectionLostError as error:
             raise UserError(f"the NBD server went away while its extents were read: {error}", SEE_SERVER) from error
         except ServerError as error:
-            if error.errno == errno.EPROTO:  # what libnbd 1.22 makes of no extents, or of one without a length
+            if error.errno == errno.EPROTO:  # what libnbd 1.22 makes of no extents, of one without a length or too long
                 raise _no_extent(offset) from error
             if self._trusted:
                 raise UserError(f"the NBD server does not tell its extents: {error}", SEE_SERVER) from error
@@ -156,4 +156,6 @@ class _Walker:
 
 
 def _no_extent(offset: int) -> UserError:
-    return UserError(f"the NBD server describes no extent at byte {offset}: it breaks the protocol", SEE_SERVER)
+    return UserError(
+        f"the NBD server describes no extent that can be at byte {offset}: it breaks the protocol", SEE_SERVER
+    )

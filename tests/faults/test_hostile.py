@@ -9,7 +9,7 @@ import pytest
 from tests.faults.hostile_server import Behaviour, hostile
 from tests.faults.support import reads, unmounted, until_eio
 from tests.harness.disk import MIB
-from tests.harness.mount import is_mounted, mounted, qfsbackup, taken_away
+from tests.harness.mount import aside, is_mounted, mounted, qfsbackup, taken_away
 
 REFUSED = {
     "garbage": (Behaviour(greeting=b"HTTP/1.1 400 Bad Request\r\n\r\n"), "does not speak NBD"),
@@ -53,7 +53,6 @@ async def test_a_read_that_is_answered_wrongly_is_an_error(tmp_path: Path, name:
 
 
 ODD = {
-    "extents beyond the end": struct.pack(">II", 0xFFFFFE00, 0),
     "flags that nobody knows": struct.pack(">II", MIB, 0xFFFFFFFC),
     "holes that are not zero": struct.pack(">II", MIB, 1),
     "small extents": struct.pack(">II", 512, 0) * 64,
@@ -67,3 +66,18 @@ async def test_odd_extents_hide_no_data(tmp_path: Path, name: str) -> None:
         [image] = (await mount.json("vm.json"))["disks"]
         assert await reads(mount.image(image["name"])) == bytes(MIB)
         assert (await mount.status())["disks"][image["name"]]["nbd_bytes"] >= MIB
+
+
+async def test_extents_beyond_the_end_are_cut_or_refused(tmp_path: Path) -> None:
+    """libnbd 1.14 passes them on, and they are cut; 1.22 says that this breaks the protocol, as it does."""
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    beyond = Behaviour(extents=struct.pack(">II", 0xFFFFFE00, 0))
+    async with hostile(tmp_path / "nbd", beyond) as uri, taken_away(mountpoint):
+        done = await qfsbackup("mount", uri, mountpoint)
+        if done.code:
+            done.refused(32, "breaks the protocol")
+            return
+        [image] = await aside(lambda: list((mountpoint / "images").iterdir()))
+        assert await reads(image) == bytes(MIB)
+        assert (await qfsbackup("umount", mountpoint)).code == 0

@@ -122,7 +122,7 @@ class Operations(ReadOnly):
     async def _attributes(self, node: Node) -> Attributes:
         """Whatever others want is not held up while a large map is measured."""
         if isinstance(node, MapFile) and not node.is_measured:
-            await trio.to_thread.run_sync(node.measure)
+            await trio.to_thread.run_sync(node.measure, abandon_on_cancel=True)  # an unmount does not wait
         return node.attributes()
 
     async def _remember(self, node: Node) -> pyfuse3.EntryAttributes:

@@ -74,6 +74,12 @@ class Pool:
         own.lend(self.lane.receive)
         jobs.neighbour = self._status.short_cut = self.lane
 
+    def only_as_asked(self) -> None:
+        """Some of the disk must not be read any more: no read goes the short way, and none is of our own accord."""
+        self._until_stretch = math.inf
+        if self.lane:
+            self.lane.close()
+
     @property
     def facts(self) -> Connection:
         """Any connection: all say the same of the export."""
@@ -138,7 +144,7 @@ class Pool:
             chosen.read(job.buffer, job.start, done)
 
     def _stretch(self, job: Job) -> None:
-        """Once much was read, read a large piece of it again, which the server has at hand. What comes is no use."""
+        """Once much was read, read a large piece there again. What comes is no use."""
         self._until_stretch -= job.end - job.start
         end = job.start // STRETCH * STRETCH
         if self._until_stretch <= 0 and end and self.facts.maximum >= STRETCH:

@@ -19,7 +19,7 @@ from qfsbackup.model import CLUSTER, Buffer, Disk
 from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.status import DiskStatus, Status
 from tests.harness.disk import MIB
-from tests.harness.nbd_server import nbdkit
+from tests.harness.nbd_server import make_certificates, nbdkit, qemu_nbd
 from tests.harness.qemu import Qemu
 from tests.nbd.disks import CONTENT, half_broken, opened, served
 from tests.nbd.support import fake_disk, in_fast_time
@@ -177,6 +177,26 @@ async def test_a_libnbd_that_hides_its_handle_costs_the_short_way_and_nothing_el
         bed.pool.open_lane(bed.disk.data, bed.mount)
         assert bed.disk.short_cut is None
         await read_right(bed.disk, 4096, 4096)
+
+
+@pytest.mark.parametrize("kind", ["qemu-nbd", "nbdkit"])
+async def test_replies_that_wait_inside_of_tls_are_seen(qemu: Qemu, tmp_path: Path, kind: str) -> None:
+    """Several come in one piece from the socket, which then has nothing more to say."""
+    certificates, image = make_certificates(tmp_path / "pki"), tmp_path / "disk.raw"
+    image.write_bytes(CONTENT)
+    server = (
+        qemu_nbd(qemu, tmp_path, image, tcp=True, certificates=certificates, options=["--shared=8"])
+        if kind == "qemu-nbd"
+        else nbdkit(tmp_path, ["file", str(image)], tcp=True, certificates=certificates)
+    )
+    async with server as running, opened(running.uri, SIZE) as (disk, _):
+        for turn in range(20):
+            reads = [Read(disk, (3 * number + 1 + turn) * 8192, 512) for number in range(30)]
+            for number, read in enumerate(reads):
+                start = (3 * number + 1 + turn) * 8192
+                if read.taken:
+                    assert await read.answer() == CONTENT[start : start + 512]
+            assert sum(read.taken for read in reads) > 20
 
 
 async def test_who_has_to_pay_goes_the_ordinary_way(qemu: Qemu, tmp_path: Path) -> None:

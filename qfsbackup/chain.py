@@ -36,15 +36,19 @@ class Chain:
         self._chunk = chunk
         self._stack = stack
         self._store: Store | None = None
+        self._generations: dict[str, str] = {}
         self._next: dict[str, DiskState] = {}
         self._committing = trio.Lock()
-        self.generation = secrets.token_hex(8)
         self.committed = False
 
     @property
     def request(self) -> CheckpointRequest:
         """What the source is asked for."""
-        return CheckpointRequest(self._target, self.generation, self._bases)
+        return CheckpointRequest(self._target, self._generation, self._bases)
+
+    def _generation(self, disk: str) -> str:
+        """Each disk has one of its own, so that its bitmap is found on no other disk, whatever the disks are called."""
+        return self._generations.setdefault(disk, secrets.token_hex(8))
 
     def _bases(self, uuid: str | None, name: str) -> Mapping[str, Base]:
         self._store = self._stack.enter_context(open_store(self._folder, uuid, name))
@@ -71,14 +75,14 @@ class Chain:
             base = Grid(old.size, old.chunk, old.times) if old else None
             grid = plan(export.size, disk.dirty, time, base, self._chunk)
             grids[export.disk] = grid
-            if export.bitmap != "none":
+            if export.generation:
                 self._next[export.disk] = DiskState(
-                    self.generation, snapshot.instant, export.size, grid.chunk, grid.times
+                    export.generation, snapshot.instant, export.size, grid.chunk, grid.times
                 )
         return grids
 
     async def commit(self, snapshot: Snapshot, disks: Sequence[Disk], status: Status) -> None:
-        """This mount's generation is the next base; once more does nothing. Raises UserError.
+        """This mount's generations are the next bases; once more does nothing. Raises UserError.
 
         A broken snapshot is never committed: every disk has to answer once more.
         """
@@ -90,7 +94,8 @@ class Chain:
             self.committed = True
             if snapshot.keep:
                 await snapshot.keep()
-            log.info("committed generation %s of target %s", self.generation, self._target)
+            committed = ", ".join(f"{name} {disk.generation}" for name, disk in self._next.items())
+            log.info("committed to target %s: %s", self._target, committed)
 
 
 async def _check_whole(disks: Sequence[Disk], status: Status) -> None:

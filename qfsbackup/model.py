@@ -46,6 +46,8 @@ class Export:
     low_water: int | None = None  # from here on all is dirty, whatever the context says: the disk was resized
     bitmap: BitmapStatus = "none"
     bitmap_reason: str = ""  # why, where the status is `new` or `invalid`
+    generation: str | None = None  # what the disk's new bitmap starts; None: no target, or nothing of it is recorded
+    base: str | None = None  # the generation that the dirty extents start from; None: everything is dirty
     details: Mapping[str, object] = field(default_factory=dict)  # what vm.json adds to the disk's entry
 
 
@@ -59,10 +61,10 @@ class Base:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRequest:
-    """Asks a source to start the new generation of `target` at the snapshot's instant."""
+    """Asks a source to start a new generation of each disk of `target` at the snapshot's instant."""
 
     target: str
-    generation: str
+    generation: Callable[[str], str]  # disk's name -> its new generation: no other disk or mount ever has the same
     bases: Callable[[str | None, str], Mapping[str, Base]]  # (uuid, VM's name) -> disk's name -> its base
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the JSON; raised when a key changes its meaning or goes away
+FORMAT = 2  # of the JSON; raised when a key changes its meaning or goes away
 
 
 class Counted(Protocol):
@@ -34,6 +34,8 @@ class DiskStatus:
     dirty: int = 0  # changed since the base checkpoint
     bitmap: str = "none"
     bitmap_reason: str = ""
+    generation: str | None = None
+    base: str | None = None
     nbd_bytes: int = 0  # read from the NBD server, readahead included
     nbd_requests: int = 0  # a count
     read_bytes: int = 0  # answered to readers, zeros included
@@ -106,6 +108,8 @@ def _disk_dict(disk: DiskStatus) -> dict[str, object]:
         "dirty": disk.dirty,
         "bitmap": disk.bitmap,
         "bitmap_reason": disk.bitmap_reason,
+        "generation": disk.generation,
+        "base": disk.base,
         "nbd_bytes": disk.nbd_bytes + (more.asked if more else 0),
         "nbd_requests": disk.nbd_requests + (more.requests if more else 0),
         "read_bytes": disk.read_bytes + (more.answered if more else 0),

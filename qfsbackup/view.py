@@ -27,7 +27,7 @@ async def make_tree(
     snapshot: Snapshot, disks: Sequence[Disk], chain: Chain | None, options: Options, status: Status
 ) -> Tree:
     """Build it, and give back what `access=dirty` leaves out. Raises UserError."""
-    _note(status, snapshot, chain, options)
+    _note(status, snapshot, options)
     time = chain.begin(snapshot) if chain else snapshot.instant
     if chain:
         grids = chain.grids(snapshot, time, disks)
@@ -88,7 +88,7 @@ async def _commit(chain: Chain, snapshot: Snapshot, disks: Sequence[Disk], statu
     status.facts["committed"] = True
 
 
-def _note(status: Status, snapshot: Snapshot, chain: Chain | None, options: Options) -> None:
+def _note(status: Status, snapshot: Snapshot, options: Options) -> None:
     """What the live status repeats of the snapshot."""
     status.fleecing_limit = options.fleece_limit
     status.facts |= {
@@ -97,10 +97,11 @@ def _note(status: Status, snapshot: Snapshot, chain: Chain | None, options: Opti
         "frozen": snapshot.frozen,
         "pause_ms": snapshot.pause_ms,
         "target": options.target,
-        "generation": chain.generation if chain else None,
         "committed": False,
         "commit_error": None,
     }
     for export in snapshot.exports:
         status.disks[export.disk].bitmap = export.bitmap
         status.disks[export.disk].bitmap_reason = export.bitmap_reason
+        status.disks[export.disk].generation = export.generation
+        status.disks[export.disk].base = export.base

@@ -74,7 +74,7 @@ async def test_fstab_mounts_and_a_failure_has_two_lines_and_32(vm: Vm, directory
 # ---- status ----
 
 DISK_KEYS = {"size", "data", "dirty", "bitmap", "nbd_bytes", "nbd_requests", "read_bytes", "read_errors", "punched"}
-DISK_KEYS |= {"trimmed", "fleecing_used"}
+DISK_KEYS |= {"trimmed", "fleecing_used", "generation", "base"}
 KEYS = {"format", "source", "mountpoint", "pid", "ppid", "vm", "instant", "frozen", "pause_ms", "state", "broken"}
 KEYS |= {"vm_gone", "fleecing", "disks"}
 
@@ -87,7 +87,7 @@ async def test_status_has_its_shape(vm: Vm, directory: Path) -> None:
         text = await qfsbackup("status", directory)
         everywhere = await qfsbackup("status")
     [status] = listed
-    assert (status["format"], status["state"], status["broken"], status["vm_gone"]) == (1, "ready", None, None)
+    assert (status["format"], status["state"], status["broken"], status["vm_gone"]) == (2, "ready", None, None)
     assert status.keys() >= KEYS
     assert (status["source"], status["mountpoint"]) == (str(vm.qmp), str(directory))
     assert status["fleecing"].keys() >= {"used", "free", "limit"}

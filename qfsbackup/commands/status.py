@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qfsbackup.mounts import Mount, find_mount, our_mounts
+from qfsbackup.status import FORMAT
 
 
 def collect(directory: Path | None) -> list[dict[str, Any]]:
@@ -21,7 +22,7 @@ def _status(mount: Mount) -> dict[str, Any]:
         return mount.status()
     except OSError as error:
         return {
-            "format": 1,
+            "format": FORMAT,
             "source": mount.source,
             "mountpoint": str(mount.mountpoint),
             "state": "dead",

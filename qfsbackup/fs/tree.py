@@ -154,6 +154,8 @@ def _describe(export: Export, grid: Grid | None, images: bool) -> dict[str, obje
         "size": export.size,
         "bitmap": export.bitmap,
         "bitmap_reason": export.bitmap_reason,
+        "generation": export.generation,
+        "base": export.base,
         **export.details,
     }
 

@@ -121,7 +121,7 @@ class QemuSource:
         if request is None:
             return {}
         return {
-            disk.name: plan(disk, request.target, request.generation, bases.get(disk.name))
+            disk.name: plan(disk, request.target, request.generation(disk.name), bases)
             for disk in disks
             if not disk.root.read_only
         }
@@ -168,6 +168,8 @@ class QemuSource:
             low_water=point.low_water if point and point.base else None,
             bitmap=point.status if point else "none",
             bitmap_reason=point.reason if point else "",
+            generation=point.generation if point else None,
+            base=point.base if point else None,
             details={
                 "interface": disk.kind,
                 "format": disk.format.driver,

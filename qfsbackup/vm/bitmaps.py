@@ -37,13 +37,24 @@ PERSISTENT = frozenset(["qcow2"])  # raw: "Can't store persistent bitmaps" (QEMU
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a disk's next backup starts from, and what its new bitmap is called."""
+    """Which generation a disk's backup starts, and from which."""
 
-    new: str
-    base: str | None  # the bitmap to copy into the map; None: everything is dirty
+    target: str
+    generation: str
+    base: str | None  # the generation whose bitmap is copied into the map; None: everything is dirty
     status: BitmapStatus
     reason: str
     low_water: int = 0  # bytes: from here on the base says nothing, for the disk was cut off or has grown
+
+    @property
+    def new(self) -> str:
+        """The name of the bitmap that records from now on."""
+        return bitmap_name(self.target, self.generation)
+
+    @property
+    def old(self) -> str:
+        """The name of the base's bitmap, where there is one."""
+        return bitmap_name(self.target, self.base or "")
 
 
 @dataclass(slots=True)
@@ -54,7 +65,7 @@ class Kept:
 
 
 def bitmap_name(target: str, generation: str) -> str:
-    """The name that the bitmap of a generation has on each disk."""
+    """The name of the bitmap of a generation."""
     return f"{PREFIX}{target}-{generation}"
 
 
@@ -63,17 +74,29 @@ def low_name(name: str) -> str:
     return f"{name}.low"
 
 
-def plan(disk: Disk, target: str, generation: str, base: Base | None) -> Checkpoint:
-    """How the disk's backup starts from `base`, which the state store knows; None where it knows nothing."""
-    new = bitmap_name(target, generation)
+def plan(disk: Disk, target: str, generation: str, bases: Mapping[str, Base]) -> Checkpoint:
+    """How the disk's backup starts from what the state store knows of the target: each disk's base, by its name."""
+    base = bases.get(disk.name)
     if base is None:
-        return Checkpoint(new, None, "new", "no backup of this disk was committed to the target yet")
+        reason = f"no backup of this disk was committed to the target yet{_moved(disk, target, bases)}"
+        return Checkpoint(target, generation, None, "new", reason)
     name = bitmap_name(target, base.generation)
     problem = unusable(disk.format, name)
     if problem:
-        return Checkpoint(new, None, "invalid", f"the bitmap {name} {problem}")
+        reason = f"the bitmap {name} {problem}{_moved(disk, target, bases)}"
+        return Checkpoint(target, generation, None, "invalid", reason)
     low = low_water(find(disk.format, low_name(name)), base.size)
-    return Checkpoint(new, name, "reuse", "", low or 0)
+    return Checkpoint(target, generation, base.generation, "reuse", "", low or 0)
+
+
+def _moved(disk: Disk, target: str, bases: Mapping[str, Base]) -> str:
+    """What to add where the disk has the bitmap of another one: its image is now called otherwise."""
+    others = [
+        name
+        for name, base in bases.items()
+        if name != disk.name and find(disk.format, bitmap_name(target, base.generation))
+    ]
+    return f"; it carries the bitmap of the disk that was called {', '.join(others)}" if others else ""
 
 
 def find(node: Node, name: str) -> Mapping[str, Any] | None:
@@ -181,7 +204,7 @@ async def copy_maps(qmp: Qmp, maps: Sequence[tuple[str, Disk, Checkpoint]]) -> N
     actions: list[Mapping[str, object]] = []
     for node, disk, checkpoint in maps:
         new = {"node": node, "name": MAP, "granularity": GRANULARITY, "disabled": True}
-        source = {"node": disk.format.name, "name": checkpoint.base}
+        source = {"node": disk.format.name, "name": checkpoint.old}
         actions.append({"type": "block-dirty-bitmap-add", "data": new})
         actions.append({"type": "block-dirty-bitmap-merge", "data": {"node": node, "target": MAP, "bitmaps": [source]}})
     if actions:
@@ -189,9 +212,9 @@ async def copy_maps(qmp: Qmp, maps: Sequence[tuple[str, Disk, Checkpoint]]) -> N
 
 
 async def keep(qmp: Qmp, state: Kept, checkpoints: Sequence[tuple[Disk, Checkpoint]]) -> None:
-    """The new bitmaps stay, the bases go. The state store must name the new generation already."""
+    """The new bitmaps stay, the bases go. The state store must name the new generations already."""
     state.kept = True
-    bases = [(disk.format.name, point.base) for disk, point in checkpoints if point.base]
+    bases = [(disk.format.name, point.old) for disk, point in checkpoints if point.base]
     await _remove(qmp, [(node, name) for node, base in bases for name in (base, low_name(base))])
 
 

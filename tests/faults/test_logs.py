@@ -44,7 +44,7 @@ async def test_systemd_gets_a_line_with_its_level_for_each_step(qemu: Qemu, tmp_
         "<4>the snapshot is taken without freezing",
         "<6>took a snapshot of .*: vda .*, vdb .*; file systems not frozen, guest paused .* ms",
         "<6>mounted .* at .*",
-        "<6>committed generation .* of target nas",
+        "<6>committed to target nas: vda .*",
         "<6>unmounted .*",
         "<6>QEMU is as it was",
     ]

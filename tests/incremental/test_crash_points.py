@@ -17,34 +17,17 @@ import pytest
 import trio
 
 from qfsbackup.state.store import open_store
-from tests.harness.mount import Mount, aside, mounted, qfsbackup
+from tests.harness.mount import aside, mounted, qfsbackup
 from tests.harness.qemu import Qemu
 from tests.harness.qmp_proxy import running_proxy
 from tests.harness.vm import UUID
-from tests.incremental.support import CHUNK, DISKS, Bed, bed, bitmap_of, changed, chunk_names, stats
+from tests.incremental.support import CHUNK, DISKS, Bed, SkippingTool, bed, bitmap_of, chunk_names
 from tests.vm.support import guest_io
 
 Point = Literal["store", "first", "second", "last"]
 POINTS: list[Point] = ["store", "first", "second", "last"]
 KILLED = 128 + signal.SIGKILL
 CLOCK_NANOSLEEP = "230 "  # x86-64: how SQLite waits for another's transaction
-
-
-class SkippingTool:
-    """What a tool holds that reads a chunk again only where its attributes have changed."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, tuple[int, ...]] = {}
-        self.held: dict[str, bytes] = {}
-
-    async def take(self, mount: Mount) -> set[str]:
-        """Back up; which chunks were read."""
-        now = await stats(mount)
-        moved = changed(self.seen, now)
-        for name in moved:
-            self.held[name] = await aside((mount.path / name).read_bytes)
-        self.seen = dict(now)
-        return moved
 
 
 async def on_disk(lab: Bed) -> dict[str, bytes]:

@@ -26,7 +26,7 @@ def source(
 ) -> QemuSource:
     """A source that starts `generation`, from `base` on all disks if there is one."""
     bases = {name: Base(base, SIZE) for name in ("vda", "vdb")} if base else {}
-    request = CheckpointRequest(target, generation, lambda _uuid, _name: bases)
+    request = CheckpointRequest(target, lambda _disk: generation, lambda _uuid, _name: bases)
     return make_source(vm, folder, checkpoint=request, **more)
 
 

@@ -50,17 +50,17 @@ def test_a_bitmap_is_a_base_only_if_it_holds_every_write(change: dict[str, Any] 
     said = unusable(_node(bitmaps), name)
     assert reason in said
     assert bool(reason) == bool(said)
-    point = plan(_disk(*bitmaps), "nas", NEW, Base(OLD, SIZE))
+    point = plan(_disk(*bitmaps), "nas", NEW, {"vda": Base(OLD, SIZE)})
     if reason:
-        assert point == Checkpoint(bitmap_name("nas", NEW), None, "invalid", f"the bitmap {name} {said}")
+        assert point == Checkpoint("nas", NEW, None, "invalid", f"the bitmap {name} {said}")
     else:
-        assert point == Checkpoint(bitmap_name("nas", NEW), name, "reuse", "", SIZE)
+        assert point == Checkpoint("nas", NEW, OLD, "reuse", "", SIZE)
 
 
 @pytest.mark.parametrize("change", [None, {"recording": True}, {"inconsistent": True}], ids=str)
 def test_a_bitmap_without_its_companion_is_no_base(change: dict[str, Any] | None) -> None:
     companion = () if change is None else (COMPANION | change,)
-    point = plan(_disk(GOOD, *companion), "nas", NEW, Base(OLD, SIZE))
+    point = plan(_disk(GOOD, *companion), "nas", NEW, {"vda": Base(OLD, SIZE)})
     assert (point.base, point.status) == (None, "invalid")
     assert "resizes" in point.reason
 
@@ -80,7 +80,7 @@ def test_all_that_a_resize_may_have_changed_lies_behind_the_low_water_mark(size:
 
 
 def test_without_a_committed_base_a_bitmap_that_is_there_means_nothing() -> None:
-    point = plan(_disk(GOOD, COMPANION), "nas", NEW, None)
+    point = plan(_disk(GOOD, COMPANION), "nas", NEW, {})
     assert (point.base, point.status) == (None, "new")
 
 

@@ -51,6 +51,8 @@ options, comma separated after -o:
   mode=OCTAL       their permissions (default 0600)
   vm=NAME          the VM's name
   bitmap=NAME      NBD URI: the dirty bitmap that is the map
+  trim-server-data NBD URI: what is punched or released, and with access=dirty
+                   what is clean, is trimmed: the server's own data goes
 Sizes take k, M, G and T. What mount(8) and fstab put there themselves
 (ro, noauto, x-...) is accepted.
 """

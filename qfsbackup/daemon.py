@@ -18,7 +18,7 @@ from pathlib import Path
 import trio
 
 from qfsbackup.chain import Chain, open_chain
-from qfsbackup.errors import EXIT_SYSTEM, EXIT_UNRESTORED, EXIT_USAGE, UserError
+from qfsbackup.errors import EXIT_SYSTEM, EXIT_UNRESTORED, UserError
 from qfsbackup.fuse.mount import check_mountpoint, mounted
 from qfsbackup.fuse.operations import Owner
 from qfsbackup.model import Sockets, Source
@@ -102,15 +102,12 @@ def _chain(options: Options, stack: AsyncExitStack) -> Chain | None:
 def _find_source(source: str, runtime: Path, options: Options, status: Status, chain: Chain | None) -> Source:
     """What `source` names: an NBD URI, or else the path of a QMP socket."""
     if is_nbd_uri(source):
-        if chain:
-            raise UserError(
-                "an NBD server keeps no checkpoints", "target= needs a VM's QMP socket: leave it out here.", EXIT_USAGE
-            )
         return UriSource(
             uri=source,
             list_exports=list_exports,
             status=status,
             bitmap=options.bitmap,
+            trim=options.trim_server_data,
             disks=options.disks,
             exclude=options.exclude,
             vm=options.vm,

@@ -39,7 +39,7 @@ class Export:
     uri: str  # where libnbd connects to, export name included
     size: int
     dirty_context: str | None  # NBD meta context that marks dirty extents; None: everything is dirty
-    can_trim: bool
+    can_trim: bool  # may what nobody reads any more be given back: only what is ours, or was said to be free to go
     request_unit: int | None = None  # no read may cross a multiple of this: it could return what was written since
     copied: Callable[[], RangeSet] | None = None  # what may be reported as zero although it is data: look after asking
     allocation: bool = True  # may the server be asked what is zero

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from qfsbackup.errors import EXIT_USAGE, UserError
 from qfsbackup.fs.grid import is_chunk_size
+from qfsbackup.model import CLUSTER
+from qfsbackup.sources.uri import is_nbd_uri
 
 Freeze = Literal["auto", "require", "off"]
 Access = Literal["full", "dirty"]
@@ -50,6 +52,7 @@ class Options:
     chunk: int | None = None  # bytes
     access: Access = "full"
     discard: Discard = "off"
+    trim_server_data: bool = False  # NBD sources: may what is given back be trimmed on the server
 
 
 def parse_size(text: str) -> int:
@@ -64,6 +67,13 @@ def _positive_size(text: str) -> int:
     size = parse_size(text)
     if not size:
         raise ValueError("it must be more than 0")
+    return size
+
+
+def _limit(text: str) -> int:
+    size = parse_size(text)
+    if size < CLUSTER:
+        raise ValueError("it is 64k or more: the guest's first write already takes so much")
     return size
 
 
@@ -126,9 +136,15 @@ def _text(text: str) -> str:
     return text
 
 
+def _flag(text: str) -> bool:
+    if text:
+        raise ValueError("it has no value")
+    return True
+
+
 PARSERS: dict[str, Callable[[str], object]] = {
     "fleece": _path,
-    "fleece-limit": _positive_size,
+    "fleece-limit": _limit,
     "freeze": _one_of(*get_args(Freeze)),
     "agent": _path,
     "disks": _names,
@@ -145,25 +161,78 @@ PARSERS: dict[str, Callable[[str], object]] = {
     "chunk": _chunk,
     "access": _one_of(*get_args(Access)),
     "discard": _one_of(*get_args(Discard)),
+    "trim-server-data": _flag,
+}
+
+
+# What people try, and what they want.
+MEANT = {
+    "allow_other": "Others may read the files where uid=, gid= or mode= says so; it needs no option of its own.",
+    "allow_root": "Root may always read the files.",
+    "default_permissions": "The kernel always checks permissions; uid=, gid= and mode= set them.",
 }
 
 
 def parse_options(texts: list[str]) -> Options:
-    """`texts` are the arguments of each `-o`; a later option wins. Raises UserError."""
-    options = Options()
+    """`texts` are the arguments of each `-o`. Raises UserError."""
+    found: dict[str, object] = {}
+    last = ""
     for text in ",".join(texts).split(","):
         if text and not MOUNT_OWN.fullmatch(text):
-            options = _apply(options, text)
-    return options
+            last, value = _parse(text, last)
+            if last in found:
+                raise UserError(
+                    f"the option {last} is given twice",
+                    "Say it once. mount(8) puts what fstab says and what -o says together.",
+                    EXIT_USAGE,
+                )
+            found[last] = value
+    return Options(**{name.replace("-", "_"): value for name, value in found.items()})  # type: ignore[arg-type]  # each parser fits its field
 
 
-def _apply(options: Options, text: str) -> Options:
+def _parse(text: str, last: str) -> tuple[str, object]:
+    """The option's name, and what its value means; `last` is the option before it."""
     name, _, value = text.partition("=")
     parser = PARSERS.get(name)
     if parser is None:
-        raise UserError(f"unknown option: {name}", f"The options are: {', '.join(sorted(PARSERS))}.", EXIT_USAGE)
+        raise UserError(f"unknown option: {name}", _hint(text, last), EXIT_USAGE)
     try:
-        parsed = parser(value)
+        return name, parser(value)
     except ValueError as error:
-        raise UserError(f"option {name}={value} cannot be understood", f"For {name}: {error}.", EXIT_USAGE) from None
-    return replace(options, **{name.replace("-", "_"): parsed})  # type: ignore[arg-type]  # each parser fits its field
+        raise UserError(f"option {text} cannot be understood", f"For {name}: {error}.", EXIT_USAGE) from None
+
+
+def _hint(text: str, last: str) -> str:
+    if text in MEANT:
+        return MEANT[text]
+    if last in ("disks", "exclude") and "=" not in text:
+        return f"Several disks have : between them, as in {last}=vda:{text}; a comma begins another option."
+    return f"The options are: {', '.join(sorted(PARSERS))}."
+
+
+def check_fit(options: Options, source: str) -> None:
+    """Raises UserError where an option asks for what this kind of source does not have."""
+    mismatch = _server_mismatch(options) if is_nbd_uri(source) else _vm_mismatch(options)
+    if mismatch:
+        raise UserError(*mismatch, EXIT_USAGE)
+
+
+def _server_mismatch(options: Options) -> tuple[str, str] | None:
+    if options.target:
+        return "an NBD server keeps no checkpoints", "target= needs a VM's QMP socket: leave it out here."
+    if options.agent or options.freeze == "require":
+        return "an NBD server has no guest to freeze", "agent= and freeze=require need a VM's QMP socket."
+    if options.discard == "release" and not options.trim_server_data:
+        return (
+            "discard=release would trim the server's own data",
+            "Leave it out, or say that this data may go once it was read: -o trim-server-data.",
+        )
+    return None
+
+
+def _vm_mismatch(options: Options) -> tuple[str, str] | None:
+    if options.bitmap:
+        return "bitmap= is for an NBD URI", "A VM's bitmaps are kept for each target: -o target=NAME."
+    if options.trim_server_data:
+        return "trim-server-data is for an NBD URI", "A VM's snapshot is our own, and is trimmed without it."
+    return None

@@ -89,6 +89,8 @@ WRONG: list[tuple[Sequence[str], str]] = [
             "fleece=",
             "fleece-limit=1X",
             "fleece-limit=0",
+            "fleece-limit=1",
+            "fleece-limit=63k",
             "freeze=maybe",
             "agent=",
             "disks=",
@@ -102,6 +104,7 @@ WRONG: list[tuple[Sequence[str], str]] = [
             "mode=77777",
             "vm=",
             "bitmap=",
+            "trim-server-data=yes",
         )
     ),
 ]
@@ -110,6 +113,32 @@ WRONG: list[tuple[Sequence[str], str]] = [
 @pytest.mark.parametrize(("words", "expected"), WRONG, ids=lambda value: " ".join(value) if value != "" else "none")
 async def test_wrong_usage_is_refused_by_name(words: Sequence[str], expected: str) -> None:
     (await qfsbackup(*words)).refused(1, expected)
+
+
+NBD = "nbd://localhost/disk"
+MEANT: list[tuple[str, str, str, str]] = [  # the source, the options, words of the first line, and of the second
+    ("/a.qmp", "allow_other", "unknown option: allow_other", "uid=, gid= or mode="),
+    ("/a.qmp", "rw,default_permissions", "unknown option: default_permissions", "mode="),
+    ("/a.qmp", "disks=vda,vdb", "unknown option: vdb", "disks=vda:vdb"),
+    ("/a.qmp", "exclude=vda,vdb", "unknown option: vdb", "have : between them"),
+    ("/a.qmp", "disks=vda,vdb=1", "unknown option: vdb", "The options are: access, agent"),
+    ("/a.qmp", "vm=a,uid=1,vm=b", "the option vm is given twice", "Say it once"),
+    ("/a.qmp", "disks=vda,disks=vdb", "the option disks is given twice", "Say it once"),
+    ("/a.qmp", "fleece-limit=1", "fleece-limit=1 cannot be understood", "64k or more"),
+    ("/a.qmp", "bitmap=b0", "bitmap= is for an NBD URI", "target=NAME"),
+    ("/a.qmp", "trim-server-data", "trim-server-data is for an NBD URI", "our own"),
+    (NBD, "target=nas", "an NBD server keeps no checkpoints", "QMP socket"),
+    (NBD, "agent=/a.agent", "no guest to freeze", "QMP socket"),
+    (NBD, "freeze=require", "no guest to freeze", "QMP socket"),
+    (NBD, "discard=release", "would trim the server's own data", "-o trim-server-data"),
+]
+
+
+@pytest.mark.parametrize(("source", "options", "what", "hint"), MEANT, ids=lambda value: value.replace(" ", "_"))
+async def test_what_was_meant_is_in_the_second_line(source: str, options: str, what: str, hint: str) -> None:
+    done = await qfsbackup("mount", source, "/b", "-o", options)
+    done.refused(1, what)
+    assert hint in done.stderr.splitlines()[1], done.stderr
 
 
 async def test_a_wrong_option_is_refused_by_cleanup_and_mount_helper_too() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from qfsbackup.options import Options, parse_options
+from qfsbackup.options import Options, check_fit, parse_options
 from qfsbackup.supervisor import in_background, in_foreground
 from qfsbackup.vm.presence import listens
 
@@ -39,7 +39,10 @@ class MountRequest:
         return serve(self.source, self.mountpoint, self.options(), ready)
 
     def options(self) -> Options:
-        return parse_options(list(self.option_texts))
+        """What it is asked to be. Raises UserError."""
+        options = parse_options(list(self.option_texts))
+        check_fit(options, self.source)
+        return options
 
     def rescue(self) -> None:
         """The worker died: fresh processes undo what it left in the VM and take the dead mount away.

@@ -32,6 +32,7 @@ class UriSource:
     list_exports: Callable[[str], Awaitable[Sequence[Offer]]]  # asks the server; raises UserError
     status: Status
     bitmap: str | None = None  # the bitmap whose context is the dirty map
+    trim: bool = False  # may the server's data be trimmed: there is no copy of ours that could be instead
     disks: Collection[str] = ()  # names; none: all
     exclude: Collection[str] = ()
     vm: str | None = None  # what to call the VM, instead of the socket's or the host's name
@@ -59,12 +60,18 @@ class UriSource:
                 f"the export {offer.name!r} has no dirty bitmap {self.bitmap!r}",
                 f"Its meta contexts are: {', '.join(offer.contexts) or 'none'}.",
             )
+        if self.trim and not offer.can_trim:
+            raise UserError(
+                f"the server does not let the export {offer.name!r} be trimmed",
+                "Leave trim-server-data out.",
+                EXIT_USAGE,
+            )
         return Export(
             disk=name,
             uri=offer.uri,
             size=offer.size,
             dirty_context=context,
-            can_trim=offer.can_trim,
+            can_trim=self.trim,
             bitmap="reuse" if context else "none",
             details={"export": offer.name},
         )

@@ -35,10 +35,7 @@ async def test_every_export_is_a_disk() -> None:
     before = time.time_ns()
     found = await snapshot([offer("vda"), offer("vdb", size=8192, can_trim=False)], status)
     assert before <= found.instant <= time.time_ns()
-    assert [(export.disk, export.size, export.can_trim) for export in found.exports] == [
-        ("vda", 4096, True),
-        ("vdb", 8192, False),
-    ]
+    assert [(export.disk, export.size) for export in found.exports] == [("vda", 4096), ("vdb", 8192)]
     assert all(export.bitmap == "none" and export.dirty_context is None for export in found.exports)
     assert {name: disk.size for name, disk in status.disks.items()} == {"vda": 4096, "vdb": 8192}
     assert (found.vm, found.uuid, found.frozen) == ("web1", None, False)
@@ -47,6 +44,15 @@ async def test_every_export_is_a_disk() -> None:
 async def test_the_export_without_a_name_is_called_disk() -> None:
     found = await snapshot([offer("")])
     assert [export.disk for export in found.exports] == ["disk"]
+
+
+async def test_the_servers_data_is_trimmed_only_where_that_was_said() -> None:
+    [export] = (await snapshot([offer("vda")])).exports
+    assert not export.can_trim
+    [export] = (await snapshot([offer("vda")], trim=True)).exports
+    assert export.can_trim
+    with pytest.raises(UserError, match="does not let the export 'vdb' be trimmed"):
+        await snapshot([offer("vda"), offer("vdb", can_trim=False)], trim=True)
 
 
 async def test_a_bitmap_is_the_dirty_map() -> None:

@@ -49,6 +49,28 @@ def _parse(line: str) -> Mount | None:
     return Mount(int(number), _unescape(source), Path(_unescape(mountpoint)))
 
 
+def mountpoints_of(devices: set[int]) -> list[Path]:
+    """Where file systems on these block devices (numbers as in st_rdev) are mounted in this mount namespace."""
+    found = []
+    for line in MOUNTINFO.read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        number, mountpoint = (before.split(" ")[field] for field in (2, 4))
+        if _device(number, _unescape(after.split(" ")[1])) in devices:
+            found.append(Path(_unescape(mountpoint)))
+    return found
+
+
+def _device(number: str, source: str) -> int:
+    """btrfs has numbers of its own, with major 0: only its source tells the device."""
+    major, minor = map(int, number.split(":"))
+    if major or not source.startswith("/dev/"):
+        return os.makedev(major, minor)
+    try:
+        return Path(source).stat().st_rdev
+    except OSError:
+        return 0
+
+
 def _unescape(field: str) -> str:
     """Blanks and backslashes stand there as three octal digits."""
     return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), os.fsencode(field)))

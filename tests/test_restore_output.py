@@ -8,8 +8,6 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ import pytest
 from qfsbackup.commands.restore import restore
 from qfsbackup.errors import UserError
 from tests.harness.chunk_set import CHUNK
+from tests.harness.files import loop_device
 
 
 def test_nothing_is_overwritten_without_force(chunks: Path, tmp_path: Path) -> None:
@@ -46,18 +45,6 @@ def test_neither_folder_nor_pipe_is_written_to(chunks: Path, tmp_path: Path) -> 
     for output in (tmp_path, Path("/dev/null"), tmp_path / "missing" / "disk.raw"):
         with pytest.raises(UserError):
             restore(chunks, output, force=True)
-
-
-@contextmanager
-def loop_device(path: Path, size: int) -> Iterator[Path]:
-    """A block device of `size` bytes full of old data; what is written is in `path` afterwards."""
-    path.write_bytes(b"\xaa" * size)
-    words: list[str | Path] = ["losetup", "--find", "--show", path]
-    device = Path(subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip())
-    try:
-        yield device
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 def test_a_block_device_gets_the_zeros_too_and_must_be_large_enough(chunks: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ disk must be; without it a set that ends too early, at a whole chunk, cannot be 
 
 from __future__ import annotations
 
+import errno
 import json
 import stat
 from collections.abc import Iterator
@@ -65,23 +66,42 @@ def _files(folder: Path) -> dict[str, int]:
     try:
         for part in folder.iterdir():
             if not part.is_dir() or part.is_symlink():
-                raise _refused(f"{part} is not a folder of chunks")
+                raise _no_chunks(folder, part)
             for path in part.iterdir():
                 status = path.lstat()
                 if stat.S_ISDIR(status.st_mode):
-                    raise _several(folder)
+                    raise _above(folder)
                 if not stat.S_ISREG(status.st_mode):
                     raise _refused(f"{path} is not a file")
                 found[f"{part.name}/{path.name}"] = status.st_size
     except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}", HINT, EXIT_SYSTEM) from None
+        raise UserError(f"cannot read {error.filename}: {error.strerror}", _hint(error), EXIT_SYSTEM) from None
     return found
 
 
-def _several(folder: Path) -> UserError:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+def _hint(error: OSError) -> str:
+    if error.errno == errno.ENOENT:
+        return "Name the folder chunks/<disk> of what was restored."
+    if error.errno == errno.ENOTDIR:
+        return "Name the folder chunks/<disk> of what was restored; an image is whole already, and can be copied."
+    if error.errno == errno.EACCES:
+        return "Run as root, or as somebody who may read all of it."
+    return HINT
+
+
+def _no_chunks(folder: Path, strange: Path) -> UserError:
+    """`strange` stands where only folders may be: is `folder` a part of a disk, the folder above chunks/?"""
+    if _is_chunk(f"{folder.name}/{strange.name}"):
+        return UserError(f"{folder} is only a part of a disk", f"Name all of it: {folder.parent}", EXIT_SYSTEM)
+    return _above(folder) if (folder / "chunks").is_dir() else _refused(f"{strange} is not a folder of chunks")
+
+
+def _above(folder: Path) -> UserError:
+    """The disks are one folder further down, or two."""
+    below = folder / "chunks" if (folder / "chunks").is_dir() else folder
+    names = sorted(path.name for path in below.iterdir() if path.is_dir())
     return UserError(
-        f"{folder} holds the disks {', '.join(names)}", f"Name one of them: {folder / names[0]}", EXIT_SYSTEM
+        f"{folder} holds the disks {', '.join(names)}", f"Name one of them: {below / names[0]}", EXIT_SYSTEM
     )
 
 

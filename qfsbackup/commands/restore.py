@@ -10,14 +10,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol
+from typing import BinaryIO, Protocol
 
 from qfsbackup.commands.chunk_set import HINT, ChunkSet, find_chunks
+from qfsbackup.commands.in_use import check_unused
+from qfsbackup.commands.output import Format, cannot_write, check_output, chosen_format
 from qfsbackup.commands.progress import bytes_done
 from qfsbackup.commands.status import human
 from qfsbackup.errors import EXIT_SYSTEM, EXIT_USAGE, UserError
@@ -26,7 +27,6 @@ from qfsbackup.nbd.image import qcow2_image
 
 log = logging.getLogger(__name__)
 
-Format = Literal["raw", "qcow2"]
 PIECE = 1 << 20  # bytes read at once
 BLOCK = CLUSTER  # bytes; what is zero is left out by these
 ZEROS = bytes(BLOCK)
@@ -38,34 +38,28 @@ def restore(folder: Path, output: Path, format_: Format | None = None, *, force:
     Without `format_` the name's suffix says it; what is not .qcow2 is raw. `force`: overwrite. Raises UserError.
     """
     chunks = find_chunks(folder)
-    form = format_ or ("qcow2" if output.suffix == ".qcow2" else "raw")
-    device = _check_output(output, force)
+    form = chosen_format(output, format_)
+    device = check_output(output, force)
+    _check_outside(output, folder)
     if device and form != "raw":
         raise UserError("a block device takes a raw image", "Leave --format out, or name a file.", EXIT_USAGE)
     if not chunks.described:
-        log.warning("no vm.json two folders above %s: whether chunks are missing at the end cannot be known", folder)
+        log.warning(
+            "no %s: whether chunks are missing at the end cannot be known. Let the tool restore it too",
+            chunks.folder.parent.parent / "vm.json",
+        )
     try:
         with _image(output, form, chunks.size, device=device, force=force) as image:
             _copy(chunks, image, zeros=device)
     except OSError as error:
-        hint = "Is there space left? An image has its name only once it is whole."
-        raise UserError(f"cannot write {output}: {error.strerror}", hint, EXIT_SYSTEM) from None
+        raise cannot_write(output, error) from None
     log.info("restored %s to %s", human(chunks.size), output)
 
 
-def _check_output(output: Path, force: bool) -> bool:
-    """Is it a block device? Raises UserError where it may not be written to."""
-    try:
-        mode = output.stat().st_mode
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}", "Name another place.", EXIT_SYSTEM) from None
-    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-        raise UserError(f"{output} is neither a file nor a block device", "Name another place.", EXIT_SYSTEM)
-    if not force:
-        raise UserError(f"{output} is there already", "Name another place, or overwrite it: --force", EXIT_SYSTEM)
-    return stat.S_ISBLK(mode)
+def _check_outside(output: Path, folder: Path) -> None:
+    """Nobody's backup is overwritten by what comes out of it."""
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{output} is among the chunks", "Name another place.", EXIT_USAGE)
 
 
 class Image(Protocol):
@@ -95,8 +89,7 @@ def _new_name(output: Path, force: bool) -> Iterator[Path]:
     os.close(descriptor)
     try:
         yield Path(name)
-        if not force:
-            _check_output(output, force)  # it may have come meanwhile
+        check_output(output, force)  # it may have come meanwhile, or into use
         Path(name).replace(output)
     except BaseException:
         Path(name).unlink()
@@ -118,9 +111,10 @@ def _raw_image(path: Path, size: int) -> Iterator[RawImage]:
 
 @contextmanager
 def _device(path: Path, size: int) -> Iterator[RawImage]:
-    """The block device, which must hold `size` bytes and be in use by nobody (O_EXCL, open(2))."""
+    """The block device, which must hold `size` bytes and be in use by nobody (O_EXCL, open(2)). Not all say so."""
     descriptor = os.open(path, os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC)
     with os.fdopen(descriptor, "wb", buffering=PIECE) as file:
+        check_unused(path)
         room = file.seek(0, os.SEEK_END)
         if room < size:
             raise UserError(f"{path} has {room} bytes, the disk {size}", "Take a larger device.", EXIT_SYSTEM)

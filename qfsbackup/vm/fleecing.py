@@ -150,8 +150,13 @@ def check_space(folder: Path, disks: int) -> None:
         free = free_space(folder)
     except OSError as error:
         raise _refusal(folder, error) from error
-    if free < disks * LEAST_FREE:
-        raise UserError(f"the fleecing folder {folder} is full ({free} bytes left)", HINT)
+    needed = disks * LEAST_FREE
+    if free < needed:
+        raise UserError(
+            f"the fleecing folder {folder} has too little room: {free >> 10} KiB are left, {disks} disks need"
+            f" {needed >> 10} KiB at least",
+            HINT,
+        )
 
 
 def free_space(folder: Path) -> int:

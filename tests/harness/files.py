@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Image files: made with known content, and compared byte by byte."""
+"""Image files: made with known content, compared byte by byte, and as block devices."""
 
 import os
 import random
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 MIB = 1024 * 1024
@@ -93,3 +95,15 @@ def _at(path: Path, offset: int) -> str:
     with path.open("rb") as file:
         file.seek(offset)
         return file.read(16).hex(" ") or "end of file"
+
+
+@contextmanager
+def loop_device(path: Path, size: int) -> Iterator[Path]:
+    """A block device of `size` bytes full of old data; what is written is in `path` afterwards."""
+    path.write_bytes(b"\xaa" * size)
+    words: list[str | Path] = ["losetup", "--find", "--show", path]
+    device = Path(subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip())
+    try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)

@@ -118,7 +118,8 @@ async def test_a_full_fleecing_folder_breaks_the_snapshot_and_not_the_guest(qemu
 
 async def test_a_folder_without_room(paused_vm: Vm, tmp_path: Path) -> None:
     with mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=1M", "none") as small:
-        assert "is full" in (await refusal(paused_vm, tmp_path, small)).what
+        what = (await refusal(paused_vm, tmp_path, small)).what
+        assert "1024 KiB are left, 2 disks need 2048 KiB" in what
 
 
 async def test_a_folder_that_is_none(paused_vm: Vm, tmp_path: Path) -> None:

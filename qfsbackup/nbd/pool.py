@@ -23,11 +23,6 @@ from qfsbackup.status import DiskStatus, Status
 log = logging.getLogger(__name__)
 
 REQUEST = 512 * 1024  # bytes a request; QEMU holds up guest writes to a range while it is read
-# QEMU makes a buffer for each request, and glibc gives it back to the kernel as soon as it is free, until a large one
-# was freed (mallopt(3), M_MMAP_THRESHOLD). The page faults cost QEMU 10 more than half of its speed: 1100 MiB/s, and
-# 2700 after a single large read.
-STRETCH = 16 << 20  # bytes of that read
-STRETCH_AFTER = 1 << 30  # bytes read from a disk before it pays
 DEPTH = 8  # requests in flight on a connection; QEMU serves 16 of one client (nbd/server.c MAX_NBD_REQUESTS)
 
 
@@ -46,7 +41,6 @@ class Pool:
         self._bandwidth = bandwidth
         self._in_flight = InFlight(0, self._send)
         self.lane: Lane | None = None
-        self._until_stretch = math.inf if bandwidth or request_unit else STRETCH_AFTER
         self._paying, self._to_pay = trio.open_memory_channel[Job](math.inf)
 
     def join(self, opened: Connection) -> None:
@@ -74,9 +68,8 @@ class Pool:
         own.lend(self.lane.receive)
         jobs.neighbour = self._status.short_cut = self.lane
 
-    def only_as_asked(self) -> None:
-        """Some of the disk must not be read any more: no read goes the short way, and none is of our own accord."""
-        self._until_stretch = math.inf
+    def close_lane(self) -> None:
+        """Some of the disk must not be read any more: no read goes the short way."""
         if self.lane:
             self.lane.close()
 
@@ -132,8 +125,6 @@ class Pool:
         def done(error: Exception | None) -> None:
             self._in_flight.finished(job)
             job.done(error)
-            if not error:
-                self._stretch(job)
 
         self._status.nbd_requests += 1
         chosen = min(self._connections, key=_load)
@@ -142,14 +133,6 @@ class Pool:
         else:
             self._status.nbd_bytes += job.end - job.start
             chosen.read(job.buffer, job.start, done)
-
-    def _stretch(self, job: Job) -> None:
-        """Once much was read, read a large piece there again. What comes is no use."""
-        self._until_stretch -= job.end - job.start
-        end = job.start // STRETCH * STRETCH
-        if self._until_stretch <= 0 and end and self.facts.maximum >= STRETCH:
-            self._until_stretch = math.inf
-            self._in_flight.put(Job(end - STRETCH, end, bytearray(STRETCH), _nothing))
 
     async def pay(self) -> None:
         """Task: let reads through at the pace of the bandwidth."""
@@ -174,10 +157,6 @@ class Pool:
             job.done(error)
         while self._bandwidth and self._to_pay.statistics().current_buffer_used:
             self._to_pay.receive_nowait().done(error)
-
-
-def _nothing(_error: Exception | None) -> None:
-    pass
 
 
 def _load(candidate: Connection) -> int:

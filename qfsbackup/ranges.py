@@ -7,7 +7,8 @@ touch nor overlap. An offset is inside where an odd number of borders is at or b
     borders      2     5        9  11
     bytes    . . # # # . . . .  # # . .
 
-Sixteen bytes a range; looking up is a bisection, combining two sets is one walk along the smaller of them.
+Sixteen bytes a range; looking up is a bisection, combining two sets is one walk along the smaller of them. The bytes
+inside are counted once, when somebody asks, and kept from then on.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from itertools import chain
 class RangeSet:
     """Ranges `(start, end)` in bytes, end excluded."""
 
-    __slots__ = ("_borders",)
+    __slots__ = ("_borders", "_total")
 
     def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
         """`ranges` may come in any order, touch and overlap; empty ones are dropped."""
         self._borders = borders = array("Q")
+        self._total: int | None = None  # once it was asked for
         first = last = -1  # the last range so far
         for start, end in ranges:
             if start >= end:
@@ -44,6 +46,7 @@ class RangeSet:
         """A set of its own with the same ranges."""
         result = RangeSet()
         result._borders = self._borders[:]
+        result._total = self._total
         return result
 
     @classmethod
@@ -63,6 +66,8 @@ class RangeSet:
         if start >= end:
             return
         borders = self._borders
+        if self._total is not None:
+            self._total += end - start - self.total_within(start, end)
         if not borders or start > borders[-1]:
             borders.extend((start, end))
             return
@@ -76,6 +81,8 @@ class RangeSet:
         if start >= end:
             return
         borders = self._borders
+        if self._total is not None:
+            self._total -= self.total_within(start, end)
         low, high = bisect_left(borders, start), bisect_right(borders, end)
         keep = [start] if low % 2 == 1 else []
         keep += [end] if high % 2 == 1 else []
@@ -98,11 +105,22 @@ class RangeSet:
         return f"RangeSet({list(self)})"
 
     def total(self) -> int:
-        """How many bytes are inside."""
-        return sum(self._borders[1::2]) - sum(self._borders[0::2])
+        """How many bytes are inside. Constant time, but for the first call."""
+        if self._total is None:
+            self._total = sum(self._borders[1::2]) - sum(self._borders[0::2])
+        return self._total
 
     def total_within(self, start: int, end: int) -> int:
-        """How many bytes of `[start, end)` are inside."""
+        """How many bytes of `[start, end)` are inside. Linear in the ranges there, or in the others if fewer."""
+        if start >= end:
+            return 0
+        borders = self._borders
+        low, high = bisect_right(borders, start), bisect_left(borders, end)
+        if high - low > len(borders) // 2:
+            return self.total() - self._count(0, start) - self._count(end, max(borders[-1], end))
+        return self._count(start, end)
+
+    def _count(self, start: int, end: int) -> int:
         if start >= end:
             return 0
         borders = self._borders

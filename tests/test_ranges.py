@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """RangeSet against the plain set of the bytes it stands for."""
 
+import time
 from array import array
 from itertools import pairwise
 
@@ -75,6 +76,36 @@ def test_aligning(pairs: list[tuple[int, int]], unit: int) -> None:
 def test_a_slice_has_the_ranges_by_number(pairs: list[tuple[int, int]], first: int, last: int) -> None:
     ranges = RangeSet(pairs)
     assert list(ranges.slice(first, last)) == list(ranges)[first:last]
+
+
+@settings(deadline=None)
+@given(lists, st.lists(st.tuples(st.booleans(), offsets, offsets), max_size=10), offsets, offsets)
+def test_what_is_counted_follows_every_change(
+    pairs: list[tuple[int, int]], changes: list[tuple[bool, int, int]], start: int, end: int
+) -> None:
+    ranges, inside = RangeSet(pairs), bytes_of(pairs)
+    for is_added, first, last in changes:
+        assert ranges.total() == len(inside)  # it is known before the change
+        if is_added:
+            ranges.add(first, last)
+            inside |= bytes_of([(first, last)])
+        else:
+            ranges.remove(first, last)
+            inside -= bytes_of([(first, last)])
+        check(ranges, inside)
+        check(ranges.copy(), inside)
+        assert ranges.total_within(start, end) == len(inside & bytes_of([(start, end)]))
+        assert RangeSet(ranges).total_within(start, end) == ranges.total_within(start, end)
+
+
+def test_counting_a_million_ranges_again_takes_no_time() -> None:
+    ranges = RangeSet((start, start + 1) for start in range(0, 2_000_000, 2))
+    assert ranges.total() == 1_000_000
+    begin = time.perf_counter()
+    for start in range(0, 1000, 2):
+        ranges.remove(start, start + 1)
+        assert ranges.total_within(0, 2_000_000) == 1_000_000 - start // 2 - 1
+    assert time.perf_counter() - begin < 5  # counted each time it took 20 s
 
 
 def test_borders_are_taken_as_they_are() -> None:

@@ -26,15 +26,12 @@ class Delta:
         self._disk = disk
         self._inode = inode
         self._time = time
-        self._dirty_bytes = disk.dirty.total()
 
     def attributes(self) -> Attributes:
-        dirty = self._disk.dirty
-        punched = sum(dirty.total_within(start, end) for start, end in self._disk.punched)
         return Attributes(
             inode=self._inode,
             size=self._disk.size,
-            blocks=blocks(self._dirty_bytes - punched, self._disk.size),
+            blocks=blocks(self._disk.changed.total(), self._disk.size),
             time=self._time,
             punchable=self._disk.can_trim,
             live=self._disk.can_trim,
@@ -57,23 +54,11 @@ class Delta:
         if offset >= size:
             raise FsError(errno.ENXIO, "seek behind the end of the file")
         if whence == os.SEEK_HOLE:
-            return self._next_hole(offset, size)
-        found = self._next_data(offset, size)
+            return self._disk.changed.next_outside(offset, size)
+        found = self._disk.changed.next_inside(offset, size)
         if found == size:
             raise FsError(errno.ENXIO, "no data behind this offset")
         return found
-
-    def _next_data(self, position: int, end: int) -> int:
-        """The first byte that is dirty and not punched; `end` where there is none."""
-        dirty, punched = self._disk.dirty, self._disk.punched
-        position = dirty.next_inside(position, end)
-        while position in punched:
-            position = dirty.next_inside(punched.next_outside(position, end), end)
-        return position
-
-    def _next_hole(self, position: int, end: int) -> int:
-        """The first byte that is clean or punched, or `end`."""
-        return self._disk.punched.next_inside(position, self._disk.dirty.next_outside(position, end))
 
     async def punch(self, offset: int, length: int) -> None:
         """Give the dirty extents of the range back; the rest is a hole here already, and other views' to read."""

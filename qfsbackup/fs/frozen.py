@@ -44,6 +44,7 @@ class FrozenDisk:
         self.allocated = disk.data
         self.data = disk.data.copy()
         self.dirty = disk.dirty
+        self.changed = disk.dirty.copy()  # dirty, and not punched since
         self.size = disk.size
         self.can_trim = disk.can_trim
 
@@ -120,6 +121,7 @@ class FrozenDisk:
         self._figures.punched += (end - start) - self.punched.total_within(start, end)
         self.punched.add(start, end)
         self.data.remove(start, end)
+        self.changed.remove(start, end)
         await self._give_back(start, end)
 
     async def release(self, start: int, end: int) -> None:

@@ -86,7 +86,7 @@ class NbdDisk:
 
     def end_short_cut(self) -> None:
         """See model.Disk."""
-        self._pool.only_as_asked()
+        self._pool.close_lane()
 
     def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
         """See model.Disk: what one fetch holds, and nobody has to wait for but the server."""
@@ -130,10 +130,13 @@ class NbdDisk:
         if start >= end:
             return
         self.end_short_cut()
+        fresh = RangeSet([(start, end)]) - RangeSet(self._closed.clip(start, end))
         self._closed.add(start, end)
         self._readahead.close(start, end)
         for position in range(start, end, MAX_TRIM):
-            await self._trim_at_once(position, min(position + MAX_TRIM, end))
+            stop = min(position + MAX_TRIM, end)
+            await self._trim_at_once(position, stop)
+            self._status.trimmed += fresh.total_within(position, stop)  # a trim may be repeated
 
     async def _trim_at_once(self, start: int, end: int) -> None:
         result: list[Exception | None] = []
@@ -147,7 +150,6 @@ class NbdDisk:
         await over.wait()
         if result[0]:
             raise FsError(errno.EIO, f"trim of [{start}, {end}) failed: {result[0]}") from result[0]
-        self._status.trimmed += end - start
 
     def forget(self) -> None:
         """Give what was fetched ahead back to the budget."""

@@ -48,6 +48,13 @@ async def test_disks_of_any_size(tmp_path: Path, size: int) -> None:
             assert number == last, "nbdkit's pattern tells the offset of every eight bytes"
 
 
+async def test_what_is_trimmed_twice_is_counted_once(qemu: Qemu, tmp_path: Path) -> None:
+    async with served(qemu, tmp_path) as server, opened(server.uri, len(CONTENT)) as (disk, counters):
+        for start, end in [(0, 2), (1, 4), (8, 9), (0, 16)]:
+            await disk.trim(start * CLUSTER, (end - start) * CLUSTER)
+        assert counters.trimmed == 16 * CLUSTER
+
+
 async def test_a_disk_of_no_bytes_needs_no_server() -> None:
     async with opened("", 0) as (disk, _):
         assert (disk.size, len(disk.data), len(disk.dirty), disk.can_trim) == (0, 0, 0, False)

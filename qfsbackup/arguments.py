@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, _file: object = None) -> None:
         """What --help and --version say: an error where it cannot be written."""
-        output(message.rstrip("\n"))
+        output(*message.splitlines())
 
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -83,9 +83,9 @@ def _commit(arguments: argparse.Namespace, _level: int) -> int:
 def _checkpoints(arguments: argparse.Namespace, _level: int) -> int:
     source = _absolute(arguments.source)
     if arguments.delete:
-        output("\n".join(delete_checkpoint(source, arguments.options, arguments.delete)))
+        output(*delete_checkpoint(source, arguments.options, arguments.delete))
     else:
-        output(list_checkpoints(source, arguments.options))
+        output(*list_checkpoints(source, arguments.options))
     return 0
 
 
@@ -111,13 +111,12 @@ def _umount(arguments: argparse.Namespace, _level: int) -> int:
 
 def _status(arguments: argparse.Namespace, _level: int) -> int:
     statuses = collect(arguments.directory)
-    output(as_json(statuses) if arguments.json else as_text(statuses))
+    output(*(as_json(statuses) if arguments.json else as_text(statuses)).splitlines())
     return 0
 
 
 def _cleanup(arguments: argparse.Namespace, _level: int) -> int:
-    for line in cleanup(_absolute(arguments.source), arguments.options):
-        output(line)
+    output(*cleanup(_absolute(arguments.source), arguments.options))
     return 0
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_SYSTEM, UserError
+from qfsbackup.log import printable
 
 
 def open_standard_descriptors() -> None:
@@ -40,12 +41,12 @@ def reported(command: Callable[[], int]) -> int:
         _give_up_output()
         code = 0
     except UserError as error:
-        code = _say(f"{error.what}\n{error.hint}", error.exit_code)
+        code = _say(error.exit_code, error.what, error.hint)
     except PermissionError as error:
-        code = _say(f"{error}\nqfsbackup must run as root.", EXIT_SYSTEM)
+        code = _say(EXIT_SYSTEM, str(error), "qfsbackup must run as root.")
     except (KeyboardInterrupt, BaseExceptionGroup) as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        code = _say(_interrupted(error), EXIT_INTERRUPTED)
+        code = _say(EXIT_INTERRUPTED, _interrupted(error))
     return code
 
 
@@ -56,10 +57,10 @@ def _code(command: Callable[[], int]) -> int:
         return int(end.code or 0)
 
 
-def output(text: str) -> None:
+def output(*lines: str) -> None:
     """Print what a command is for. Raises UserError where it cannot be written, BrokenPipeError where nobody reads."""
     with _writing():
-        print(text, flush=True)  # noqa: T201  # the one place
+        print(*map(printable, lines), sep="\n", end="\n" if lines else "", flush=True)  # noqa: T201  # the one place
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def _interrupted(error: BaseException) -> str:
     return f"interrupted{': ' if error.args else ''}{' '.join(map(str, error.args))}"
 
 
-def _say(text: str, code: int) -> int:
+def _say(code: int, *lines: str) -> int:
     with suppress(OSError):  # the exit status says it too
-        print(text, file=sys.stderr, flush=True)  # noqa: T201  # the lines are for the person
+        print(*map(printable, lines), sep="\n", file=sys.stderr, flush=True)  # noqa: T201  # the lines are for the person
     return code

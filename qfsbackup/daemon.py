@@ -135,7 +135,8 @@ async def _ended_by_signals() -> AsyncIterator[None]:
             async def wait() -> None:
                 async for number in signals:
                     if number == signal.SIGUSR1:
-                        log.warning("%s", all_stacks())
+                        for line in all_stacks().splitlines():
+                            log.warning("%s", line)
                         continue
                     log.info("ending: %s", signal.Signals(number).name)
                     nursery.cancel_scope.cancel()

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Where log lines go: the terminal while a command runs, journald or syslog once it is in the background."""
+"""Where log lines go: the terminal while a command runs, journald or syslog once it is in the background.
+
+Names come from NBD servers and from QEMU, and may hold anything. On its way to a log or a terminal every character that
+is not printable becomes an escape: no name can end a line, or tell a terminal what to do.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +13,48 @@ import os
 import sys
 from pathlib import Path
 
+from qfsbackup.errors import UserError
+
 JOURNAL_LEVELS = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 SYSLOG_SOCKET = "/dev/log"
 
 
-class JournalFormatter(logging.Formatter):
+def printable(text: str) -> str:
+    """`text` in one line, without control characters, or what else a terminal does not just show."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def say(error: UserError) -> None:
+    """The two lines for the person, on standard error."""
+    print(f"{printable(error.what)}\n{printable(error.hint)}", file=sys.stderr)  # noqa: T201  # this is where they go
+
+
+class Formatter(logging.Formatter):
+    """A message is one line; a traceback stands below it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        first, *trace = super().format(record).split("\n")
+        return "\n".join([first, *map(printable, trace)])
+
+
+class JournalFormatter(Formatter):
     """Puts `<N>` before each line, which systemd reads as its level (sd-daemon(3))."""
 
     def format(self, record: logging.LogRecord) -> str:
         level = JOURNAL_LEVELS.get(record.levelno, 6)
-        return "\n".join(f"<{level}>{line}" for line in super().format(record).splitlines())
+        return "\n".join(f"<{level}>{line}" for line in super().format(record).split("\n"))
 
 
 def to_stderr(level: int) -> None:
     """Log to standard error, for a person or, where systemd connected it, for the journal."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JournalFormatter("%(message)s") if _is_journal() else logging.Formatter("%(message)s"))
+    handler.setFormatter(JournalFormatter("%(message)s") if _is_journal() else Formatter("%(message)s"))
     _use(handler, level)
 
 
@@ -33,7 +63,7 @@ def to_syslog(level: int) -> None:
     handler: logging.Handler = logging.NullHandler()
     if Path(SYSLOG_SOCKET).exists():
         handler = logging.handlers.SysLogHandler(SYSLOG_SOCKET, logging.handlers.SysLogHandler.LOG_DAEMON)
-        handler.setFormatter(logging.Formatter("qfsbackup[%(process)d]: %(message)s"))
+        handler.setFormatter(Formatter("qfsbackup[%(process)d]: %(message)s"))
     _use(handler, level)
 
 

@@ -19,7 +19,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -140,7 +139,7 @@ def _guarded(work: Callable[[], int]) -> int:
     try:
         return work()
     except UserError as error:
-        print(f"{error.what}\n{error.hint}", file=sys.stderr)  # noqa: T201  # the two lines are for the person
+        logs.say(error)
         return error.exit_code
     except BaseException:  # the process ends here; the supervisor acts on the exit status
         log.critical("a defect ended the mount", exc_info=True)

@@ -10,12 +10,12 @@ from qfsbackup.model import Committed
 from qfsbackup.options import parse_options
 
 
-def list_checkpoints(source: str, option_texts: list[str]) -> str:
+def list_checkpoints(source: str, option_texts: list[str]) -> list[str]:
     """A line for each target and disk; of the options only `state=` and `vm=` matter. Raises UserError."""
     from qfsbackup.upkeep import committed  # needs all the heavy modules
 
     found = committed(source, parse_options(option_texts))
-    return "\n".join(_line(one) for one in found) or "no target has committed a backup of this VM"
+    return [_line(one) for one in found] or ["no target has committed a backup of this VM"]
 
 
 def delete_checkpoint(source: str, option_texts: list[str], target: str) -> list[str]:

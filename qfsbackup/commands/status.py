@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qfsbackup.log import printable
 from qfsbackup.mounts import Mount, find_mount, our_mounts
 from qfsbackup.status import FORMAT
 
@@ -41,17 +42,17 @@ def as_text(statuses: list[dict[str, Any]]) -> str:
 
 
 def _mount_text(status: dict[str, Any]) -> str:
-    lines = [f"{status['mountpoint']}  {status['source']}  {status['state']}"]
+    lines = ["  ".join(printable(status[key]) for key in ("mountpoint", "source", "state"))]
     if status["broken"]:
-        lines.append(f"  broken: {status['broken']}")
+        lines.append(f"  broken: {printable(status['broken'])}")
     if status["state"] == "dead":
-        lines.append(f"  put its VM back as it was: qfsbackup cleanup {status['source']}")
+        lines.append(f"  put its VM back as it was: qfsbackup cleanup {printable(status['source'])}")
         return "\n".join(lines)
     fleecing = status["fleecing"]
     limit = f", limit {human(fleecing['limit'])}" if fleecing["limit"] else ""
     lines.append(f"  instant {status['instant']}, paused {status['pause_ms']:.1f} ms, frozen: {_yes(status['frozen'])}")
     lines.append(f"  fleecing {human(fleecing['used'])} used, {human(fleecing['free'])} free{limit}")
-    lines += [_disk_text(name, disk) for name, disk in status["disks"].items()]
+    lines += [_disk_text(printable(name), disk) for name, disk in status["disks"].items()]
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@
     <folder>/<name>-<hash>.<target hash>.lock held for as long as the target is in use
     <folder>/<name>-<hash>.sqlite.unusable-<time>  one that could not be used, set aside
 
-Whoever can write the store decides what a backup leaves out, so the folder must not be everybody's.
+Whoever can write the store decides what a backup leaves out, so the folder must be ours, and nobody else's.
 """
 
 from __future__ import annotations
@@ -49,12 +49,20 @@ def prepare_folder(folder: Path) -> None:
     """Make the folder where it is missing, for us alone. Raises UserError where it cannot be had or trusted."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mode = folder.stat().st_mode
+        found = folder.stat()
     except OSError as error:
         raise _unusable(folder, error) from None
-    if mode & stat.S_IWOTH:
+    user = os.geteuid()
+    if found.st_uid != user:
         raise UserError(
-            f"everybody may write to the state folder {folder}", f"Make it yours: chmod 700 {folder}", EXIT_SYSTEM
+            f"the state folder {folder} belongs to user {found.st_uid}, not to {user}",
+            f"Make it yours: chown {user} {folder}, or name another: -o state=DIR",
+            EXIT_SYSTEM,
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        who = "everybody" if found.st_mode & stat.S_IWOTH else f"group {found.st_gid}"
+        raise UserError(
+            f"{who} may write to the state folder {folder}", f"Make it yours: chmod 700 {folder}", EXIT_SYSTEM
         )
 
 

@@ -13,7 +13,7 @@ from tests.e2e.support import idle_vm, runtime_folder
 from tests.faults.support import reads
 from tests.harness.disk import MIB
 from tests.harness.files import make_random
-from tests.harness.mount import as_user, aside, command, mounted
+from tests.harness.mount import as_user, aside, command, mounted, qfsbackup
 from tests.harness.nbd_server import storage_daemon
 from tests.harness.qemu import Qemu
 from tests.harness.vm import Vm
@@ -87,3 +87,12 @@ async def test_names_that_an_nbd_server_makes_up_stay_in_the_tree(qemu: Qemu, tm
         assert found == []
         described = {disk["name"] for disk in (await mount.json("vm.json"))["disks"]}
         assert described == set(HOSTILE)
+        said = (await qfsbackup("status", mount.path)).stdout
+        assert len(said.splitlines()) == 3 + len(HOSTILE)
+        assert all(line.isprintable() for line in said.splitlines())
+        assert r"  tab\tline\nbell\x07: 1 MiB" in said
+        (tmp_path / "none").mkdir()
+        done = await qfsbackup("mount", server.uri, tmp_path / "none", "-o", "disks=none")
+        done.refused(1, "no disk none")
+        assert all(line.isprintable() for line in done.stderr.splitlines())
+        assert r"tab\tline\nbell\x07" in done.stderr

@@ -253,6 +253,18 @@ def test_a_folder_that_cannot_be_used_is_the_persons_error(tmp_path: Path) -> No
         pass
 
 
+def test_a_folder_that_a_group_may_write_to_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o770)
+    with pytest.raises(UserError, match="group"), open_store(tmp_path, UUID, "web1"):
+        pass
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    os.chown(tmp_path, 65534, 0)
+    with pytest.raises(UserError, match="belongs to user 65534"), open_store(tmp_path, UUID, "web1"):
+        pass
+
+
 def test_a_folder_that_everybody_may_write_to_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o1777)
     with pytest.raises(UserError, match="everybody"), open_store(tmp_path, UUID, "web1"):

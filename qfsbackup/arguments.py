@@ -36,6 +36,7 @@ options, comma separated after -o:
                    can be had; the default), require, off
   bwlimit=N        bytes per second read
   connections=N    NBD connections for each disk (default 4)
+  ro               nothing can be punched through the mount
   uid=N gid=N      whose the files are (default: root's)
   mode=OCTAL       their permissions (default 0400, 0600 where a hole can
                    be punched)
@@ -44,7 +45,7 @@ options, comma separated after -o:
   trim-server-data NBD URI: what is punched or released, and with access=dirty
                    what is clean, is trimmed: the server's own data goes
 Sizes take k, M, G and T. What mount(8) and fstab put there themselves
-(ro, noauto, x-...) is accepted.
+(noauto, x-...) is accepted.
 """
 
 

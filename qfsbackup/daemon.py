@@ -84,7 +84,7 @@ async def _serve(source: str, mountpoint: Path, options: Options, status: Status
             for export in snapshot.exports
         ]
         tree = await make_tree(snapshot, disks, chain, options, status)
-        owner = Owner(options.uid, options.gid, options.mode)
+        owner = Owner(options.uid, options.gid, options.mode, options.read_only)
         unmounted = await stack.enter_async_context(mounted(tree, mountpoint, source, owner, sockets))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch_fleecing, status, disks)

@@ -23,7 +23,7 @@ Discard = Literal["off", "release"]
 
 # What mount(8), fstab(5) and systemd.mount(5) put there for themselves.
 MOUNT_OWN = re.compile(
-    r"ro|rw|auto|noauto|nofail|_netdev|defaults|user|users|nouser|owner|group|x-.*|X-.*|comment=.*|"
+    r"auto|noauto|nofail|_netdev|defaults|user|users|nouser|owner|group|x-.*|X-.*|comment=.*|"
     r"(no)?(exec|suid|dev|atime|diratime|relatime|strictatime|lazytime)|(a)?sync|loud|silent"
 )
 
@@ -45,6 +45,7 @@ class Options:
     uid: int = 0
     gid: int = 0
     mode: int | None = None
+    read_only: bool = False  # `ro`; of `ro` and `rw` the later one counts, as mount(8) has it
     vm: str | None = None
     bitmap: str | None = None  # NBD sources: the dirty bitmap that is the map
     target: str | None = None  # the backup destination whose chain this mount continues
@@ -178,7 +179,9 @@ def parse_options(texts: list[str]) -> Options:
     found: dict[str, object] = {}
     last = ""
     for text in ",".join(texts).split(","):
-        if text and not MOUNT_OWN.fullmatch(text):
+        if text in ("ro", "rw"):
+            found["read-only"] = text == "ro"
+        elif text and not MOUNT_OWN.fullmatch(text):
             last, value = _parse(text, last)
             if last in found:
                 raise UserError(

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
 from qfsbackup.errors import EXIT_SYSTEM, EXIT_USAGE, UserError
+from qfsbackup.fs.control import GIVE, WORDS
 from qfsbackup.mounts import Mount, find_mount
 
 
@@ -14,7 +16,7 @@ def commit(directory: Path) -> None:
     """Returns once that is on the disk. Raises UserError."""
     mount = find_mount(directory)
     try:
-        descriptor = os.open(mount.mountpoint / ".qfsbackup" / "control", os.O_WRONLY)
+        descriptor = os.open(mount.mountpoint / ".qfsbackup" / "control", os.O_RDONLY)
     except FileNotFoundError:
         raise UserError(
             f"{directory} was mounted without a target, so there is nothing to commit",
@@ -24,7 +26,7 @@ def commit(directory: Path) -> None:
     except OSError as error:
         raise _refused(directory, error.strerror or str(error)) from None
     try:
-        os.write(descriptor, b"commit\n")
+        fcntl.ioctl(descriptor, GIVE, b"commit".ljust(WORDS))
     except OSError as error:
         raise _failed(mount, error) from None
     finally:

@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""`.qfsbackup/control` takes the word `commit`: writing it returns when that is done, or fails where it cannot be."""
+"""`.qfsbackup/control` takes the word `commit`: giving it returns when that is done, or fails where it cannot be.
+
+The word is written, or given with an ioctl(2), which a read-only mount lets through as well:
+
+    descriptor = os.open(control, os.O_RDONLY)
+    fcntl.ioctl(descriptor, GIVE, b"commit".ljust(WORDS))
+"""
 
 from __future__ import annotations
 
@@ -9,6 +15,9 @@ from collections.abc import Awaitable, Callable
 from qfsbackup.errors import FsError
 from qfsbackup.fs.node import Attributes
 from qfsbackup.fs.text import Text
+
+WORDS = 64  # bytes that the ioctl takes
+GIVE = 1 << 30 | WORDS << 16 | ord("q") << 8 | 1  # _IOW('q', 1, char[WORDS]) of asm-generic/ioctl.h
 
 
 class ControlFile:
@@ -33,7 +42,7 @@ class Control(Text):
         self._commit = commit
 
     async def write(self, content: bytes) -> int:
-        """Do what the word says; a blank line behind it is allowed. Raises FsError."""
+        """Do what the word says; blanks behind it are allowed. Raises FsError."""
         if content.strip() != b"commit":
             raise FsError(errno.EINVAL, "control takes the word commit")
         await self._commit()

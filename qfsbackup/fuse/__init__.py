@@ -10,7 +10,9 @@ import os
 import sys
 
 if "pyfuse3" in sys.modules:
-    raise ImportError("qfsbackup.fuse must be imported before pyfuse3, or fallocate and lseek would not be served")
+    raise ImportError(
+        "qfsbackup.fuse must be imported before pyfuse3, or fallocate, ioctl and lseek would not be served"
+    )
 
 _flags = sys.getdlopenflags()
 sys.setdlopenflags(_flags | os.RTLD_GLOBAL)

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: LGPL-2.1-or-later
  *
- * Adds fallocate and lseek to the operation table of pyfuse3, which has neither, and takes read over, so that reads go
- * on for a while without the event loop. Holds no policy.
+ * Adds fallocate, ioctl and lseek to the operation table of pyfuse3, which has none of them, and takes read over, so
+ * that reads go on for a while without the event loop. Holds no policy.
  *
  * pyfuse3 builds its table privately and hands it to libfuse's fuse_session_new, an ordinary dynamic symbol. This module
  * defines that symbol too. Loaded with RTLD_GLOBAL *before* pyfuse3, it is found first:
  *
- *     pyfuse3 --fuse_session_new(table)--> this file --fuse_session_new(table + 3)--> libfuse
+ *     pyfuse3 --fuse_session_new(table)--> this file --fuse_session_new(table + 4)--> libfuse
  *
  * From libfuse 3.17 on fuse_session_new is an inline function over fuse_session_new_versioned, so that one is taken.
  * The callbacks run in the thread that runs trio, inside fuse_session_process_buf, and return at once; the answer is
@@ -41,7 +41,7 @@
 #define LOOKING 100000L   /* ns that is looked for an event before the processor is given away */
 #define MOST_SOCKETS 64   /* that are looked at without the event loop */
 
-static PyObject *on_fallocate, *on_lseek, *on_read, *on_failed; /* callables, set by install() */
+static PyObject *on_fallocate, *on_ioctl, *on_lseek, *on_read, *on_failed; /* callables, set by install() */
 static PyObject *sockets;     /* a dict: file descriptor -> callable */
 static PyObject *short_cuts;  /* a dict: file handle -> (callable, start, end) */
 static PyObject *settle_read; /* this module's settle() */
@@ -71,6 +71,24 @@ static void op_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t o
     dispatch(on_fallocate,
              Py_BuildValue("KKiLL", (unsigned long long)(uintptr_t)request, (unsigned long long)info->fh, mode,
                            (long long)offset, (long long)length),
+             request);
+    PyGILState_Release(gil);
+}
+
+/* The kernel has copied in what the command's number says; there is nothing to copy out. */
+static void op_ioctl(fuse_req_t request, fuse_ino_t inode, int command, void *argument, struct fuse_file_info *info,
+                     unsigned flags, const void *content, size_t length, size_t unused)
+{
+    PyGILState_STATE gil;
+
+    if (flags & FUSE_IOCTL_DIR) {
+        fuse_reply_err(request, ENOTTY);
+        return;
+    }
+    gil = PyGILState_Ensure();
+    dispatch(on_ioctl,
+             Py_BuildValue("KKIy#", (unsigned long long)(uintptr_t)request, (unsigned long long)info->fh,
+                           (unsigned)command, content ? content : "", (Py_ssize_t)length),
              request);
     PyGILState_Release(gil);
 }
@@ -142,6 +160,7 @@ static void extend(struct fuse_lowlevel_ops *table, const struct fuse_lowlevel_o
     if (!on_read)
         return;
     table->fallocate = op_fallocate;
+    table->ioctl = op_ioctl;
     table->lseek = op_lseek;
     table->read = op_read;
     extended = 1;
@@ -284,12 +303,13 @@ int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buff
 
 static PyObject *install(PyObject *self, PyObject *arguments)
 {
-    PyObject *fallocate, *lseek, *read, *failed, *cuts, *dict;
+    PyObject *fallocate, *ioctl, *lseek, *read, *failed, *cuts, *dict;
 
-    if (!PyArg_ParseTuple(arguments, "OOOOO!O!", &fallocate, &lseek, &read, &failed, &PyDict_Type, &cuts, &PyDict_Type,
-                          &dict))
+    if (!PyArg_ParseTuple(arguments, "OOOOOO!O!", &fallocate, &ioctl, &lseek, &read, &failed, &PyDict_Type, &cuts,
+                          &PyDict_Type, &dict))
         return NULL;
     Py_XSETREF(on_fallocate, Py_NewRef(fallocate));
+    Py_XSETREF(on_ioctl, Py_NewRef(ioctl));
     Py_XSETREF(on_lseek, Py_NewRef(lseek));
     Py_XSETREF(on_read, Py_NewRef(read));
     Py_XSETREF(on_failed, Py_NewRef(failed));
@@ -375,16 +395,16 @@ static PyObject *reply_offset(PyObject *self, PyObject *arguments)
 
 static PyMethodDef methods[] = {
     {"install", install, METH_VARARGS,
-     "install(fallocate, lseek, read, failed, short_cuts, sockets): fallocate(request, fh, mode, offset, length),\n"
-     "lseek(request, fh, offset, whence), read(request, fh, offset, length); failed as read, for what a short cut took\n"
-     "in vain; short_cuts: {fh: (callable, start, end)}, see settle; sockets: {descriptor: what to call when it is\n"
-     "readable}, looked at without the event loop."},
+     "install(fallocate, ioctl, lseek, read, failed, short_cuts, sockets): fallocate(request, fh, mode, offset, length),\n"
+     "ioctl(request, fh, command, content), lseek(request, fh, offset, whence), read(request, fh, offset, length);\n"
+     "failed as read, for what a short cut took in vain; short_cuts: {fh: (callable, start, end)}, see settle; sockets:\n"
+     "{descriptor: what to call when it is readable}, looked at without the event loop."},
     {"settle", settle, METH_VARARGS,
      "settle(read, content): the answer of a short cut, which was called with (settle, read, start, length) and returned\n"
      "True; None: it failed, so it is asked for in the other way."},
     {"needs_loop", set_needs_loop, METH_O, "needs_loop(flag): is there a task that the event loop has to run."},
     {"end", end, METH_NOARGS, "end(): the session is over, and no request may be answered any more."},
-    {"is_extended", is_extended, METH_NOARGS, "Has a FUSE session been made with the two operations?"},
+    {"is_extended", is_extended, METH_NOARGS, "Has a FUSE session been made with our operations?"},
     {"reply_errno", reply_errno, METH_VARARGS, "reply_errno(request, errno): errno 0 is success."},
     {"reply_buffer", reply_buffer, METH_VARARGS, "reply_buffer(request, content): the answer of read."},
     {"reply_offset", reply_offset, METH_VARARGS, "reply_offset(request, offset): the answer of lseek."},
@@ -392,7 +412,7 @@ static PyMethodDef methods[] = {
 };
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_ops", "fallocate, lseek and a faster read for pyfuse3", -1, methods, NULL, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT, "_ops", "What pyfuse3 does not do, or not fast enough", -1, methods, NULL, NULL, NULL, NULL,
 };
 
 PyMODINIT_FUNC PyInit__ops(void)

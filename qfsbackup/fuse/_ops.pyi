@@ -3,6 +3,7 @@ from collections.abc import Callable, Mapping
 
 def install(
     fallocate: Callable[[int, int, int, int, int], None],
+    ioctl: Callable[[int, int, int, bytes], None],
     lseek: Callable[[int, int, int, int], None],
     read: Callable[[int, int, int, int], None],
     failed: Callable[[int, int, int, int], None],

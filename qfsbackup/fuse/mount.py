@@ -106,8 +106,10 @@ def _check_table() -> None:
 def _mount_options(source: str, owner: Owner) -> set[str]:
     escaped = source.replace("\\", "\\\\").replace(",", "\\,")
     options = {"default_permissions", "subtype=qfsbackup", f"fsname={escaped}", "noatime", "nosuid", "nodev", "noexec"}
-    if owner != Owner():
+    if (owner.uid, owner.gid, owner.mode) != (0, 0, None):
         options.add("allow_other")
+    if owner.read_only:
+        options.add("ro")
     return options
 
 

@@ -21,7 +21,7 @@ import pyfuse3
 import trio
 
 from qfsbackup.errors import FsError
-from qfsbackup.fs.control import Control
+from qfsbackup.fs.control import GIVE, Control
 from qfsbackup.fs.inodes import is_chunk
 from qfsbackup.fs.maps import MapFile
 from qfsbackup.fs.node import Attributes, Directory, File, Handle, Node
@@ -34,6 +34,7 @@ from qfsbackup.model import Buffer, ShortRead, Sockets
 log = logging.getLogger(__name__)
 
 PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE (linux/falloc.h)
+IOCTL_DONE = bytes(16)  # struct fuse_ioctl_out (linux/fuse.h): it returns 0
 FOREVER = 3600.0  # seconds that the kernel may keep what never changes
 
 P = ParamSpec("P")
@@ -42,19 +43,24 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Whose the files are. `mode` overrides the permission bits of files; folders get x where files get r."""
+    """Whose the files are. `mode` overrides the permission bits of files; folders get x where files get r.
+
+    `read_only`: nobody has w, and nothing can be punched.
+    """
 
     uid: int = 0
     gid: int = 0
     mode: int | None = None
+    read_only: bool = False
 
     def permissions(self, attributes: Attributes) -> int:
         """File type and permission bits as st_mode has them."""
+        writers = 0o000 if self.read_only else 0o222
         if attributes.writable:
-            return stat.S_IFREG | 0o200
+            return stat.S_IFREG | 0o400 | 0o200 & writers
         if not attributes.directory:
             default = 0o600 if attributes.punchable else 0o400
-            return stat.S_IFREG | (default if self.mode is None else self.mode)
+            return stat.S_IFREG | (default if self.mode is None else self.mode) & (0o555 | writers)
         read = 0o400 if self.mode is None else self.mode & 0o444
         return stat.S_IFDIR | read | read >> 2
 
@@ -93,7 +99,7 @@ class Operations(ReadOnly):
         self._short_cuts: dict[int, tuple[ShortRead, int, int]] = {}
         self._next_handle = 0
         self._working = 0  # tasks that will answer a request
-        _ops.install(self._fallocate, self._lseek, self._read, self._read_again, self._short_cuts, sockets)
+        _ops.install(self._fallocate, self._ioctl, self._lseek, self._read, self._read_again, self._short_cuts, sockets)
 
     async def serve(self) -> None:
         """Answer the kernel until it ends the session. Cancelled, it has no request left that it would still answer."""
@@ -168,7 +174,8 @@ class Operations(ReadOnly):
         file: File = node
         attributes = file.attributes()
         # A disk is opened for writing even where its server cannot trim: then the punch says that, not the open.
-        if flags & os.O_ACCMODE != os.O_RDONLY and attributes.punchable is None and not attributes.writable:
+        changeable = attributes.punchable is not None or attributes.writable
+        if flags & os.O_ACCMODE != os.O_RDONLY and (self._owner.read_only or not changeable):
             raise FsError(errno.EROFS, f"inode {inode} can neither be written nor punched")
         if flags & os.O_TRUNC and not attributes.writable:
             raise FsError(errno.EROFS, "a snapshot cannot be truncated")
@@ -236,6 +243,17 @@ class Operations(ReadOnly):
             self._start(request, partial(self._handles[fh].punch, offset, length))
         else:
             _ops.reply_errno(request, errno.EOPNOTSUPP)
+
+    def _ioctl(self, request: int, fh: int, command: int, content: bytes) -> None:
+        handle = self._handles[fh]
+        if command == GIVE and isinstance(handle, Control):
+            self._start(request, partial(self._give, handle, content))
+        else:
+            _ops.reply_errno(request, errno.ENOTTY)
+
+    async def _give(self, control: Control, words: bytes) -> Buffer:
+        await control.write(words)
+        return IOCTL_DONE
 
     def _start(self, request: int, work: Callable[[], Awaitable[Buffer | None]]) -> None:
         if self._tasks:

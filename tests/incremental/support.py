@@ -43,7 +43,8 @@ class Bed:
 
     def options(self, target: str, *more: str) -> str:
         """What stands behind -o."""
-        return ",".join([f"target={target}", f"state={self.folder / 'state'}", f"chunk={CHUNK}", *more])
+        chunk = [] if any(option.startswith("chunk=") for option in more) else [f"chunk={CHUNK}"]
+        return ",".join([f"target={target}", f"state={self.folder / 'state'}", *chunk, *more])
 
     def mounted(self, target: str, *more: str) -> AbstractAsyncContextManager[Mount]:
         """The VM mounted for a target, for the length of the block."""

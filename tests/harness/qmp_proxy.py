@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from .tasks import background
 _SIZE = 1024 * 1024
 _MAX_FDS = 16
 _DECODER = json.JSONDecoder()
+_PEER = struct.Struct("3i")  # unix(7), struct ucred: process, user and group id
 
 OnCommand = Callable[[str, dict[str, Any]], Awaitable[None]]
 OnReply = Callable[[str, dict[str, Any], dict[str, Any]], Awaitable[None]]
@@ -37,13 +39,17 @@ async def _pass(*_: object) -> None:
 
 @dataclass
 class Proxy:
-    """What passed: `commands` in order, with their arguments, and the number of descriptors in `fds`."""
+    """What passed: `commands` in order, with their arguments, and the number of descriptors in `fds`.
+
+    `client` is the process that connected last.
+    """
 
     path: Path
     on_command: OnCommand = _pass
     on_reply: OnReply = _pass
     commands: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     fds: int = 0
+    client: int = 0
 
     @property
     def names(self) -> list[str]:
@@ -66,6 +72,7 @@ async def running_proxy(
 async def _accept(proxy: Proxy, listener: trio.socket.SocketType, server: Path) -> None:
     while True:
         client, _ = await listener.accept()
+        proxy.client = _PEER.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))[0]
         with client, trio.socket.socket(socket.AF_UNIX) as upstream:
             await upstream.connect(str(server))
             await _Session(proxy, client, upstream).run()

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Rules: mount, let the target's tools run, commit, roll back, forget."""
+
+from __future__ import annotations
+
+import subprocess
+
+from hypothesis import strategies as st
+from hypothesis.stateful import precondition, rule
+
+from qfsbackup.errors import EXIT_MOUNT
+from tests.harness.mount import DONE, aside
+from tests.machine.base import TARGETS, Base
+
+
+class Backups(Base):
+    """Every mount shows each disk at its instant; what a whole run of a tool leaves is the disk."""
+
+    @rule(to=st.sampled_from([None, *TARGETS]))
+    @precondition(lambda self: self.world.on and not self.mounted)
+    def mount(self, to: str | None) -> None:
+        with self.others_see_nothing():
+            command = self.try_mount(to)
+        if command.ready:
+            assert self.world.plugged
+            assert not self.jobs
+            self.shows_the_instant()
+            return
+        refused = command.wait()
+        assert self.jobs or not self.world.plugged, refused.stderr
+        assert refused.code == EXIT_MOUNT, refused
+        self.dead = False
+        self.nothing_is_left(refused.stderr)
+
+    def shows_the_instant(self) -> None:
+        assert self.mounted
+        mounted = self.mounted
+        assert {disk["name"] for disk in mounted.facts["disks"]} == mounted.truth.keys()
+        for name, content in mounted.truth.items():
+            assert self.portal.call(aside, (self.mountpoint / f"images/{name}.raw").read_bytes) == content, name
+            self.delta_applies(name, content)
+
+    def delta_applies(self, name: str, content: bytes) -> None:
+        """What changed, put over what was committed, is the disk."""
+        assert self.mounted
+        [disk] = [disk for disk in self.mounted.facts["disks"] if disk["name"] == name]
+        if not self.mounted.target or disk["bitmap"] != "reuse":
+            return
+        delta = self.portal.call(aside, (self.mountpoint / f"delta/{name}.raw").read_bytes)
+        extents = [extent for extent in self.load(f"maps/{name}.json") if extent["type"]]
+        results = []
+        for base in self.bases[self.mounted.target].contents:
+            made = bytearray(base.get(name, b"").ljust(len(content), b"\0")[: len(content)])
+            for extent in extents:
+                start, end = extent["offset"], extent["offset"] + extent["length"]
+                made[start:end] = delta[start:end]
+            results.append(bytes(made) == content)
+        assert any(results), f"{name}: its delta applies on no base"
+
+    @rule(last=st.sampled_from([None, None, None, 10, 40]))
+    @precondition(lambda self: self.mounted and self.mounted.target and not self.mounted.gone)
+    def take(self, last: int | None) -> None:
+        """The tools run, to the end or until somebody ends them."""
+        assert self.mounted
+        assert self.mounted.target
+        tools = self.tools[self.mounted.target]
+        self.portal.call(aside, tools.take, self.mountpoint / "chunks", last)
+        self.mounted.whole |= last is None
+        if last is None:
+            for copy in tools.copies:
+                assert copy.disks().keys() == self.mounted.truth.keys()
+                for name, content in self.mounted.truth.items():
+                    assert copy.disks()[name] == content, f"{copy.rule.__name__}'s copy of {name} is wrong"
+
+    @rule()
+    @precondition(lambda self: self.mounted and self.mounted.whole)
+    def commit(self) -> None:
+        assert self.mounted
+        assert self.mounted.target
+        with self.others_see_nothing():
+            result = self.commands.run("commit", self.mountpoint)
+        if self.mounted.gone:
+            assert self.mounted.committed or result.code == 2, result
+            return
+        assert result == DONE
+        self.mounted.committed = True
+        self.bases[self.mounted.target].contents = [self.mounted.truth]
+
+    @rule()
+    @precondition(lambda self: self.mounted)
+    def umount(self) -> None:
+        self.end()
+
+    @rule(to=st.sampled_from(TARGETS), committed=st.booleans())
+    @precondition(lambda self: self.world.on and not self.mounted and not self.jobs and self.world.plugged)
+    def back_up(self, to: str, committed: bool) -> None:
+        """All of it at once."""
+        self.mount(to)
+        self.take(None)
+        if committed:
+            self.commit()
+        self.end()
+
+    @rule()
+    @precondition(lambda self: self.world.on and not self.mounted)
+    def clean_up(self) -> None:
+        if self.dead:
+            subprocess.run(["umount", "-l", self.mountpoint], check=False, capture_output=True)
+        with self.others_see_nothing():
+            result = self.commands.run("cleanup", self.world.socket, "-o", self.options(None))
+            assert result.code == 0, result
+            self.dead = False
+        self.nothing_is_left(result.stderr)
+
+    @rule(to=st.sampled_from(TARGETS))
+    @precondition(lambda self: self.world.on and not self.mounted and not self.dead)
+    def forget(self, to: str) -> None:
+        words = "checkpoints", self.world.socket, "-o", self.options(None)
+        known = self.commands.run(*words)
+        assert known.code == 0, known
+        with self.others_see_nothing():
+            result = self.commands.run(*words, "--delete", to)
+        assert result.code == (0 if f"{to} " in known.stdout else 1), (known, result)
+        self.bases[to].contents = []

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whatever happens to a VM, in whatever order: no copy is silently wrong, and nothing of ours is left.
+
+By default a bounded share of what can happen, the same in every run. MACHINE=3600 goes on for so many seconds with each
+QEMU and flavour, from a random seed on; MACHINE_SEED=N runs that seed alone. A failure prints its seed and its steps.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from typing import get_args
+
+import pytest
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.harness.qemu import Qemu
+from tests.machine.commands import serving
+from tests.machine.kills import Kills
+from tests.machine.portal import open_portal
+from tests.machine.power import Power
+from tests.machine.world import Flavour
+from tests.machine.writes import Writes
+
+SHARE = 20.0  # seconds, by default
+SETTINGS = settings(
+    max_examples=3,
+    stateful_step_count=25,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],  # to find shorter steps takes minutes
+    suppress_health_check=list(HealthCheck),
+    print_blob=False,
+)
+
+
+class Machine(Kills, Writes, Power):
+    """All rules."""
+
+
+def seeds() -> list[int]:
+    """Enough of them, or the one that was asked for."""
+    if "MACHINE_SEED" in os.environ:
+        return [int(os.environ["MACHINE_SEED"])]
+    first = random.randrange(10**9) if "MACHINE" in os.environ else 0
+    return [first + number for number in range(10**6)]
+
+
+@pytest.mark.timeout(float(os.environ.get("MACHINE", SHARE)) + 300)
+@pytest.mark.parametrize("flavour", get_args(Flavour))
+def test_no_backup_is_silently_wrong(qemu: Qemu, tmp_path_factory: pytest.TempPathFactory, flavour: Flavour) -> None:
+    end = time.monotonic() + float(os.environ.get("MACHINE", SHARE))
+    with open_portal() as portal, serving(tmp_path_factory.mktemp("machine") / "commands") as commands:
+        facts = {"qemu": qemu, "flavour": flavour, "portal": portal, "commands": commands}
+        for number in seeds():
+            print(f"MACHINE_SEED={number}")
+            run_state_machine_as_test(seed(number)(type("Machine", (Machine,), facts)), settings=SETTINGS)
+            if time.monotonic() > end:
+                break

@@ -5,37 +5,54 @@
       ^                                                                                       |
       '--- commit: 1. generation and times, durable   2. QEMU drops the bases  <--------------'
 
-Whatever dies between the two steps, the next mount finds the generation that the store names.
+Whatever dies between the two steps, the next mount finds the generation that the store names. The store is asked in
+threads, for its folder may hang: then nothing more is asked of it, and nothing is committed.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import trio
 
 from qfsbackup.errors import EXIT_SYSTEM, FsError, UserError
 from qfsbackup.fs.grid import Grid, plan
 from qfsbackup.model import Base, CheckpointRequest, Disk, Snapshot
+from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.state.store import DiskState, Store, open_store
 from qfsbackup.status import Status
 
 log = logging.getLogger(__name__)
 
+STORE_TIMEOUT = 60.0  # seconds for one call; fsync(2) waits for all that is to be written before it
+CLOSE_TIMEOUT = 5.0  # seconds, also for a commit in the middle of which the mount is ended
+
+T = TypeVar("T")
+
+
+class Numbers(NamedTuple):
+    """What inodes are made of: the same for ever."""
+
+    vm: int
+    disks: Mapping[str, int]  # by the disk's name
+
 
 class Chain:
     """The chain of `target`. Only `open_chain` makes one."""
 
-    def __init__(self, target: str, folder: Path, chunk: int | None, stack: ExitStack) -> None:
+    def __init__(self, target: str, folder: Path, chunk: int | None) -> None:
         self._target = target
         self._folder = folder
         self._chunk = chunk
-        self._stack = stack
+        self._stack = ExitStack()
         self._store: Store | None = None
+        self._is_silent = False  # has the store been asked, and not answered
         self._generations: dict[str, str] = {}
         self._next: dict[str, DiskState] = {}
         self._committing = trio.Lock()
@@ -50,25 +67,61 @@ class Chain:
         """Each disk has one of its own, so that its bitmap is found on no other disk, whatever the disks are called."""
         return self._generations.setdefault(disk, secrets.token_hex(8))
 
-    def _bases(self, uuid: str | None, name: str) -> Mapping[str, Base]:
-        self._store = self._stack.enter_context(open_store(self._folder, uuid, name))
-        self._stack.enter_context(self._store.lock(self._target))
-        return self._store.bases(self._target)
+    async def _bases(self, uuid: str | None, name: str) -> Mapping[str, Base]:
+        self._store = await self._ask(partial(self._open, uuid, name))
+        return await self._ask(partial(self._store.bases, self._target))
+
+    def _open(self, uuid: str | None, name: str) -> Store:
+        store = self._stack.enter_context(open_store(self._folder, uuid, name))
+        self._stack.enter_context(store.lock(self._target))
+        return store
+
+    async def _ask(self, call: Callable[[], T], *, grace: float = 0.0) -> T:
+        """What a call of the store returns. Raises UserError, also where it does not answer."""
+        if self._is_silent:
+            raise self._silence()
+        self._is_silent = True
+        try:
+            result = await in_time(call, STORE_TIMEOUT, grace=grace)
+        except NoAnswerError:
+            raise self._silence() from None
+        except UserError:
+            self._is_silent = False
+            raise
+        self._is_silent = False
+        return result
+
+    def _silence(self) -> UserError:
+        return UserError(
+            f"the state folder {self._folder} does not answer",
+            "See whether its file system hangs, or name another: -o state=DIR",
+            EXIT_SYSTEM,
+        )
+
+    async def close(self) -> None:
+        """Let the store go, unless a call is still at it; then it goes with the process."""
+        if not self._is_silent:
+            with trio.CancelScope(shield=True), suppress(NoAnswerError):
+                await in_time(self._stack.close, CLOSE_TIMEOUT)
 
     @property
-    def store(self) -> Store:
-        """The VM's state, once the source has said which VM it is."""
+    def _opened(self) -> Store:
         if self._store is None:
             raise LookupError("the source has not asked for the bases")
         return self._store
 
-    def begin(self, snapshot: Snapshot) -> int:
+    async def begin(self, snapshot: Snapshot) -> int:
         """The time of what has changed in this mount, in nanoseconds; stored before anybody can see it."""
-        return self.store.begin(self._target, snapshot.instant)
+        return await self._ask(partial(self._opened.begin, self._target, snapshot.instant))
 
-    def grids(self, snapshot: Snapshot, time: int, disks: Sequence[Disk]) -> dict[str, Grid]:
+    async def numbers(self, snapshot: Snapshot) -> Numbers:
+        """The numbers of the VM and its disks."""
+        store, disks = self._opened, [export.disk for export in snapshot.exports]
+        return await self._ask(lambda: Numbers(store.vm_number(), {name: store.disk_number(name) for name in disks}))
+
+    async def grids(self, snapshot: Snapshot, time: int, disks: Sequence[Disk]) -> dict[str, Grid]:
         """How each disk is cut, and when its chunks changed; noted for the commit."""
-        committed = self.store.disks(self._target)
+        committed = await self._ask(partial(self._opened.disks, self._target))
         grids = {}
         for export, disk in zip(snapshot.exports, disks, strict=True):
             old = committed.get(export.disk)  # also where all is dirty: the chunk size stays
@@ -90,10 +143,11 @@ class Chain:
             if self.committed:
                 return
             await _check_whole(disks, status)
-            self.store.commit(self._target, self._next)
+            await self._ask(partial(self._opened.commit, self._target, self._next), grace=CLOSE_TIMEOUT)
             self.committed = True
             if snapshot.keep:
-                await snapshot.keep()
+                with trio.CancelScope(shield=True):  # the store names the new bitmaps: they have to stay
+                    await snapshot.keep()
             committed = ", ".join(f"{name} {disk.generation}" for name, disk in self._next.items())
             log.info("committed to target %s: %s", self._target, committed)
 
@@ -112,8 +166,11 @@ async def _check_whole(disks: Sequence[Disk], status: Status) -> None:
         )
 
 
-@contextmanager
-def open_chain(target: str, folder: Path, chunk: int | None) -> Iterator[Chain]:
+@asynccontextmanager
+async def open_chain(target: str, folder: Path, chunk: int | None) -> AsyncIterator[Chain]:
     """The chain of `target`, kept in `folder`; `chunk` is the chunk size that was asked for. Raises UserError."""
-    with ExitStack() as stack:
-        yield Chain(target, folder, chunk, stack)
+    chain = Chain(target, folder, chunk)
+    try:
+        yield chain
+    finally:
+        await chain.close()

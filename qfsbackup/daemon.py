@@ -72,7 +72,7 @@ async def _serve(source: str, mountpoint: Path, options: Options, status: Status
         await stack.enter_async_context(_ended_by_signals())
         check_mountpoint(mountpoint)
         runtime = stack.enter_context(runtime_folder())
-        chain = _chain(options, stack)
+        chain = await _chain(options, stack)
         found = _find_source(source, runtime, options, status, chain)
         snapshot = await stack.enter_async_context(found.snapshot())
         budget, bandwidth = Budget(), Bandwidth(options.bwlimit) if options.bwlimit else None
@@ -93,10 +93,10 @@ async def _serve(source: str, mountpoint: Path, options: Options, status: Status
             nursery.cancel_scope.cancel()
 
 
-def _chain(options: Options, stack: AsyncExitStack) -> Chain | None:
+async def _chain(options: Options, stack: AsyncExitStack) -> Chain | None:
     if options.target is None:
         return None
-    return stack.enter_context(open_chain(options.target, options.state, options.chunk))
+    return await stack.enter_async_context(open_chain(options.target, options.state, options.chunk))
 
 
 def _find_source(source: str, runtime: Path, options: Options, status: Status, chain: Chain | None) -> Source:

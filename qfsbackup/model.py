@@ -65,7 +65,7 @@ class CheckpointRequest:
 
     target: str
     generation: Callable[[str], str]  # disk's name -> its new generation: no other disk or mount ever has the same
-    bases: Callable[[str | None, str], Mapping[str, Base]]  # (uuid, VM's name) -> disk's name -> its base
+    bases: Callable[[str | None, str], Awaitable[Mapping[str, Base]]]  # (uuid, VM's name) -> disk's name -> its base
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 
-from qfsbackup.chain import Chain
+from qfsbackup.chain import Chain, Numbers
 from qfsbackup.errors import FsError, UserError
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.grid import Grid, plan
@@ -28,22 +28,23 @@ async def make_tree(
 ) -> Tree:
     """Build it, and give back what `access=dirty` leaves out. Raises UserError."""
     _note(status, snapshot, options)
-    time = chain.begin(snapshot) if chain else snapshot.instant
+    time = await chain.begin(snapshot) if chain else snapshot.instant
     if chain:
-        grids = chain.grids(snapshot, time, disks)
+        grids = await chain.grids(snapshot, time, disks)
     else:
         grids = {one.disk: plan(one.size, RangeSet(), time, chunk=options.chunk) for one in snapshot.exports}
     for export, disk in zip(snapshot.exports, disks, strict=True):
         if export.bitmap == "reuse":
             disk.keep_to(RangeSet([(0, disk.size)]) - grids[export.disk].other_than(time))
-    shown = _shown(snapshot, disks, chain, grids, status)
+    numbers = await chain.numbers(snapshot) if chain else None
+    shown = _shown(snapshot, disks, numbers, grids, status)
     images = options.access == "full"
     if not images:
         await _leave_out_clean(shown, grids)
     look = Look(
         time=time,
         newest=time + EARLIER * SECOND if chain else snapshot.instant,
-        number=chain.store.vm_number() if chain else None,
+        number=numbers.vm if numbers else None,
         images=images,
         release=options.discard == "release",
         commit=partial(_commit, chain, snapshot, disks, status) if chain else None,
@@ -54,14 +55,14 @@ async def make_tree(
 def _shown(
     snapshot: Snapshot,
     disks: Sequence[Disk],
-    chain: Chain | None,
+    numbers: Numbers | None,
     grids: Mapping[str, Grid],
     status: Status,
 ) -> list[ShownDisk]:
     return [
         ShownDisk(
             name=export.disk,
-            number=chain.store.disk_number(export.disk) if chain else place,
+            number=numbers.disks[export.disk] if numbers else place,
             frozen=FrozenDisk(disk, status, status.disks[export.disk]),
             grid=grids[export.disk],
         )

@@ -110,7 +110,7 @@ class QemuSource:
         """Where each disk's backup starts, by its name; bitmaps of the target that are no base are removed."""
         if self.checkpoint is None:
             return {}
-        bases = self.checkpoint.bases(machine.uuid, vm_name(self.vm, machine, self.socket))
+        bases = await self.checkpoint.bases(machine.uuid, vm_name(self.vm, machine, self.socket))
         generations = {base.generation for base in bases.values()}
         for removed in await remove_leftovers(qmp, self.checkpoint.target, generations):
             log.warning("left by a backup that was not committed: %s", removed)

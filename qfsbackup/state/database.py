@@ -58,7 +58,8 @@ def open_database(path: Path) -> sqlite3.Connection:
 
 def _connect(path: Path) -> sqlite3.Connection:
     """Raises UnusableError."""
-    database = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None)
+    # Called from one thread after the other, never from two at once.
+    database = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
     try:
         database.execute("PRAGMA synchronous = EXTRA")
         _check(database)

@@ -3,7 +3,7 @@
 
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,11 @@ def source(
 ) -> QemuSource:
     """A source that starts `generation`, from `base` on all disks if there is one."""
     bases = {name: Base(base, SIZE) for name in ("vda", "vdb")} if base else {}
-    request = CheckpointRequest(target, lambda _disk: generation, lambda _uuid, _name: bases)
+
+    async def find(_uuid: str | None, _name: str) -> Mapping[str, Base]:
+        return bases
+
+    request = CheckpointRequest(target, lambda _disk: generation, find)
     return make_source(vm, folder, checkpoint=request, **more)
 
 

@@ -47,6 +47,20 @@ class Agent:
             raise AgentError(str(answer["error"].get("desc", "an error without a description")))
         return answer["return"]
 
+    async def send_unheard(self, command: str) -> None:
+        """Send a command whose answer nobody waits for: it runs once the agent is through with what it has to do.
+
+        Raises AgentError.
+        """
+        self._in_step = False
+        with _answering(ANSWER_TIMEOUT):
+            await self._send(command, {})
+
+    @property
+    def in_step(self) -> bool:
+        """Is nothing owed to us."""
+        return self._in_step
+
     async def _synchronize(self) -> None:
         number = secrets.randbits(32)
         with _answering(ANSWER_TIMEOUT):

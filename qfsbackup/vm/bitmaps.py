@@ -173,12 +173,8 @@ async def low_water_marks(qmp: Qmp, checkpoints: Sequence[tuple[Disk, Checkpoint
             await _remove(qmp, [(disk.format.name, low_name(checkpoint.new)) for disk, checkpoint in checkpoints])
 
 
-@asynccontextmanager
-async def recording(qmp: Qmp, checkpoints: Sequence[tuple[Disk, Checkpoint]], state: Kept) -> AsyncIterator[None]:
-    """The new bitmaps, from now on; at the end they go, unless `state` says that they stay."""
-    if not checkpoints:
-        yield
-        return
+async def record(qmp: Qmp, checkpoints: Sequence[tuple[Disk, Checkpoint]]) -> None:
+    """The new bitmaps, from now on. Raises QmpError."""
     actions = [
         {
             "type": "block-dirty-bitmap-add",
@@ -191,12 +187,14 @@ async def recording(qmp: Qmp, checkpoints: Sequence[tuple[Disk, Checkpoint]], st
         }
         for disk, checkpoint in checkpoints
     ]
-    try:
+    if actions:
         await qmp.execute("transaction", {"actions": actions})
-        yield
-    finally:
-        if not state.kept:
-            await _remove(qmp, [(disk.format.name, checkpoint.new) for disk, checkpoint in checkpoints])
+
+
+async def drop_unkept(qmp: Qmp, checkpoints: Sequence[tuple[Disk, Checkpoint]], state: Kept) -> None:
+    """Undo `record`, unless `state` says that the new bitmaps stay."""
+    if not state.kept:
+        await _remove(qmp, [(disk.format.name, checkpoint.new) for disk, checkpoint in checkpoints])
 
 
 async def copy_maps(qmp: Qmp, maps: Sequence[tuple[str, Disk, Checkpoint]]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -104,6 +104,9 @@ async def thaw_leftover(path: Path) -> bool:
 async def _thaw(agent: Agent) -> bool:
     """Thaw until it is thawed; were the file systems still frozen when we began?"""
     with trio.move_on_after(THAW_TIMEOUT, shield=True):
+        if not agent.in_step:  # it may freeze still, or again: whenever it is done, it is to thaw, even without us
+            with suppress(AgentError):
+                await agent.send_unheard("guest-fsfreeze-thaw")
         while True:
             try:
                 count = await agent.call("guest-fsfreeze-thaw")

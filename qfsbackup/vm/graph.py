@@ -21,6 +21,7 @@ FILTERS = frozenset(
         *["copy-on-read", "mirror_top", "preallocate", "throttle"],
     ]
 )
+KINDS = ("block-driver", "block-backend", "block-job")  # of what x-debug-query-block-graph calls nodes
 NIL_UUID = "00000000-0000-0000-0000-000000000000"  # what QEMU tells where nobody gave one
 
 
@@ -48,6 +49,7 @@ class Disk:
     removable: bool
     iothread: bool
     chain: tuple[Node, ...]
+    backend: str = ""  # what `Graph.roots` calls it
 
     @property
     def root(self) -> Node:
@@ -61,6 +63,15 @@ class Disk:
     @property
     def cdrom(self) -> bool:
         return self.kind.endswith("-cd")
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """Who stands on whom: node names by role for each node, the node of each guest device, the jobs' nodes."""
+
+    children: Mapping[str, Mapping[str, str]]
+    roots: Mapping[str, str]  # by the drive's name, else by what `query-block` calls qdev
+    jobs: Sequence[tuple[str, str]]  # a job's id and a node that it is at work on
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +107,7 @@ async def look(qmp: Qmp) -> Machine:
 
 async def look_at_nodes(qmp: Qmp) -> Mapping[str, Node]:
     """All block nodes by name. Raises QmpError."""
-    children, jobs = await _edges(qmp)
+    graph = await look_at_graph(qmp)
     found = {
         node["node-name"]: Node(
             name=node["node-name"],
@@ -104,30 +115,36 @@ async def look_at_nodes(qmp: Qmp) -> Mapping[str, Node]:
             size=node["image"]["virtual-size"],
             read_only=node["ro"],
             filename=node["file"],
-            children=children.get(node["node-name"], {}),
+            children=graph.children.get(node["node-name"], {}),
             bitmaps=tuple(node.get("dirty-bitmaps", ())),
         )
         for node in await qmp.execute("query-named-block-nodes", {"flat": True})
     }
-    for job, top in jobs:
+    for job, top in graph.jobs:
         for node in chain(found, top):
             found[node.name] = replace(node, jobs=(*node.jobs, job))
     return found
 
 
-async def _edges(qmp: Qmp) -> tuple[Mapping[str, Mapping[str, str]], Sequence[tuple[str, str]]]:
-    """Who stands on whom, and (job's id, node's name) for the jobs; no other query tells it.
+async def look_at_graph(qmp: Qmp) -> Graph:
+    """Who stands on whom now; one command, for no other one tells it. Raises QmpError.
 
     Seen in QEMU 7.2 and 10.0; it is marked unstable.
     """
     graph = await qmp.execute("x-debug-query-block-graph")
-    names = {node["id"]: node["name"] for node in graph["nodes"] if node["type"] == "block-driver"}
-    jobs = {node["id"]: node["name"] for node in graph["nodes"] if node["type"] == "block-job"}
+    names = {kind: {node["id"]: node["name"] for node in graph["nodes"] if node["type"] == kind} for kind in KINDS}
+    nodes, devices, jobs = (names[kind] for kind in KINDS)
     children: dict[str, dict[str, str]] = {}
     for edge in graph["edges"]:
-        if edge["parent"] in names:
-            children.setdefault(names[edge["parent"]], {})[edge["name"]] = names[edge["child"]]
-    return children, [(jobs[edge["parent"]], names[edge["child"]]) for edge in graph["edges"] if edge["parent"] in jobs]
+        if edge["parent"] in nodes:
+            children.setdefault(nodes[edge["parent"]], {})[edge["name"]] = nodes[edge["child"]]
+    return Graph(children, dict(_named(graph["edges"], devices, nodes)), _named(graph["edges"], jobs, nodes))
+
+
+def _named(
+    edges: Sequence[Mapping[str, Any]], parents: Mapping[int, str], nodes: Mapping[int, str]
+) -> list[tuple[str, str]]:
+    return [(parents[edge["parent"]], nodes[edge["child"]]) for edge in edges if edge["parent"] in parents]
 
 
 async def devices(qmp: Qmp) -> list[Mapping[str, Any]]:
@@ -176,6 +193,7 @@ async def _disk(qmp: Qmp, name: str, block: Mapping[str, Any], nodes: Sequence[N
         removable=block["removable"],
         iothread=await _in_iothread(qmp, path),
         chain=tuple(nodes),
+        backend=block["device"] or block["qdev"],
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,14 @@ import trio
 
 from qfsbackup.errors import UserError
 from qfsbackup.model import CLUSTER
-from qfsbackup.vm.bitmaps import MAP, Checkpoint, Kept, copy_maps, keep, low_water_marks, recording
+from qfsbackup.vm.bitmaps import MAP, Checkpoint, Kept, copy_maps, drop_unkept, keep, low_water_marks, record
 from qfsbackup.vm.fleecing import FleecingFile, check_space, fleecing_file
 from qfsbackup.vm.freeze import Freeze, Frozen, frozen
 from qfsbackup.vm.graph import Disk, Machine
-from qfsbackup.vm.node import inserted, node, remove_node
+from qfsbackup.vm.node import node, put_in, remove_node, take_out
 from qfsbackup.vm.owner import PREFIX, STOPPED, add_mark, mark, owner_name, resume
 from qfsbackup.vm.qmp import Qmp
+from qfsbackup.vm.second_look import Filtered, look_after, look_at_device, look_before
 from qfsbackup.vm.server import listening_socket, nbd_server
 
 FLEECING, FILTER, ACCESS = f"{PREFIX}fleecing-", f"{PREFIX}filter-", f"{PREFIX}access-"  # + the disk's number
@@ -95,7 +96,9 @@ async def take(
         started = [(disk, checkpoints[disk.name]) for disk in writable.values() if disk.name in checkpoints]
         kept = Kept()
         await stack.enter_async_context(low_water_marks(qmp, started, kept))
-        moment = await _instant(qmp, writable, checkpoints, freeze, stack, recording(qmp, started, kept))
+        filtered = {n: Filtered(disk, f"{FILTER}{n}", checkpoints.get(disk.name)) for n, disk in writable.items()}
+        stack.push_async_callback(drop_unkept, qmp, started, kept)
+        moment = await _instant(qmp, filtered, started, freeze, stack)
         for number in writable:
             await stack.enter_async_context(node(qmp, _access(number)))
         await stack.enter_async_context(nbd_server(qmp, listener))
@@ -126,30 +129,38 @@ class _Moment:
 
 async def _instant(
     qmp: Qmp,
-    writable: Mapping[int, Disk],
-    checkpoints: Mapping[str, Checkpoint],
+    filtered: Mapping[int, Filtered],
+    started: Sequence[tuple[Disk, Checkpoint]],
     freeze: Freeze,
     stack: AsyncExitStack,
-    recorded: AbstractAsyncContextManager[None],
 ) -> _Moment:
     """The moment itself. What it pushes on `stack` takes the filters out of the guest's way again.
 
+    Nothing is undone in here: before QEMU is asked anything more, the guest must be thawed.
     The new bitmaps record from before the filters copy, the maps are copied after: without a pause in between, both say
     too much rather than too little.
     """
     moment = _Moment()
-    maps = [(f"{FLEECING}{number}", disk, checkpoints.get(disk.name)) for number, disk in writable.items()]
     async with frozen(freeze, running=await _running(qmp)) as state, AsyncExitStack() as pause:
-        if not state.frozen and len(writable) > 1 and await _running(qmp):
+        if not state.frozen and len(filtered) > 1 and await _running(qmp):
             await pause.enter_async_context(_stopped(qmp, moment))
-        moment.instant = time.time_ns()
         with _deadline(state):
-            await stack.enter_async_context(recorded)
-            for number, disk in writable.items():
-                await stack.enter_async_context(inserted(qmp, disk, f"{FILTER}{number}"))
-            await copy_maps(qmp, [(target, disk, point) for target, disk, point in maps if point and point.base])
+            await look_before(qmp, filtered.values())
+            moment.instant = time.time_ns()
+            await record(qmp, started)
+            for item in filtered.values():
+                await look_at_device(qmp, item)
+                stack.push_async_callback(take_out, qmp, item.filter)
+                await put_in(qmp, item.disk, item.filter)
+            await copy_maps(qmp, _maps(filtered))
+            await look_after(qmp, filtered.values())
     moment.held = state.held
     return moment
+
+
+def _maps(filtered: Mapping[int, Filtered]) -> list[tuple[str, Disk, Checkpoint]]:
+    points = [(f"{FLEECING}{number}", item.disk, item.checkpoint) for number, item in filtered.items()]
+    return [(target, disk, point) for target, disk, point in points if point and point.base]
 
 
 @contextmanager

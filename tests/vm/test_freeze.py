@@ -1,11 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Freezing the guest: the real agent in a real guest, and a fake one for what the real one cannot be made to do."""
 
-import contextlib
-import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,12 +17,10 @@ from qfsbackup.vm.owner import PREFIX
 from qfsbackup.vm.qmp import connect
 from tests.harness.agent import ask
 from tests.harness.qmp_proxy import running_proxy
-from tests.harness.tasks import background
 from tests.harness.vm import Vm
+from tests.vm.fake_agent import Guest, fake_agent, silent
 from tests.vm.refusing import running_refusing
 from tests.vm.support import held, make_source
-
-Answer = Callable[[str, dict[str, object]], Awaitable[bytes]]
 
 
 async def status(vm: Vm) -> str:
@@ -120,6 +114,60 @@ async def test_a_snapshot_that_fails_while_the_guest_is_frozen_thaws_it(guest_vm
     assert await held(guest_vm) == before
 
 
+@pytest.mark.one_qemu
+@pytest.mark.parametrize("stuck", ["query-named-block-nodes", "qom-set"])
+async def test_a_guest_is_thawed_in_time_though_qemu_is_stuck(
+    paused_vm: Vm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stuck: str
+) -> None:
+    """Until the guest is thawed QEMU is asked nothing more, and it answers nothing."""
+    monkeypatch.setattr(freeze_module, "HOLD_TIMEOUT", 0.5)
+    await paused_vm.monitor.execute("cont")
+    before = await held(paused_vm)
+    guest, meanwhile = Guest(), list[str]()
+
+    async def hang(name: str, _arguments: object, _reply: object) -> None:
+        if guest.state == "frozen" and name == stuck:
+            frozen_at = trio.current_time()
+            meanwhile.append(name)
+            await guest.thawed.wait()
+            assert trio.current_time() - frozen_at < 1.5
+
+    async def note(name: str, _arguments: object) -> None:
+        if meanwhile and guest.state == "frozen":
+            meanwhile.append(name)
+
+    async with (
+        fake_agent(tmp_path / "agent", guest.answer) as path,
+        running_proxy(paused_vm.qmp, tmp_path / "proxy", note, hang) as proxy,
+    ):
+        with pytest.raises(UserError, match="did not come to rest"):
+            async with make_source(paused_vm, tmp_path, socket=proxy.path, agent=path).snapshot():
+                pytest.fail("was not refused")
+    assert meanwhile == [stuck]
+    assert await held(paused_vm) == before
+
+
+@pytest.mark.one_qemu
+async def test_a_cancelled_mount_thaws_before_it_asks_qemu_anything(paused_vm: Vm, tmp_path: Path) -> None:
+    await paused_vm.monitor.execute("cont")
+    guest, scope = Guest(), trio.CancelScope()
+
+    async def hang(name: str, _arguments: object, _reply: object) -> None:
+        if guest.state == "frozen" and name == "qom-set":
+            scope.cancel()
+            with trio.fail_after(2):
+                await guest.thawed.wait()
+
+    async with (
+        fake_agent(tmp_path / "agent", guest.answer) as path,
+        running_proxy(paused_vm.qmp, tmp_path / "proxy", on_reply=hang) as proxy,
+    ):
+        with scope:
+            async with make_source(paused_vm, tmp_path, socket=proxy.path, agent=path).snapshot():
+                pytest.fail("was not cancelled")
+    assert guest.thawed.is_set()
+
+
 async def test_a_silent_agent(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:
@@ -198,6 +246,23 @@ async def test_a_lost_answer_to_freeze_is_followed_by_a_thaw(
     assert "did not answer within 6 s" in caplog.text
 
 
+async def test_the_thaw_does_not_wait_for_an_agent_that_owes_an_answer(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    autojump_clock.autojump_threshold = 0.05  # seconds of silence on the real sockets
+    guest, times = Guest(), dict[str, float]()
+
+    async def answer(command: str, arguments: dict[str, object]) -> bytes:
+        times.setdefault(command, trio.current_time())
+        if command == "guest-fsfreeze-freeze":
+            guest.lose, guest.lose_count = {command, "guest-sync-delimited"}, 3
+        return await guest.answer(command, arguments)
+
+    async with fake_agent(tmp_path / "agent", answer) as path, frozen(Freeze("auto", path), running=True):
+        assert guest.state == "thawed"
+    assert times["guest-fsfreeze-thaw"] - times["guest-fsfreeze-freeze"] < 7
+
+
 async def test_thawing_is_tried_again_until_it_works(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
 ) -> None:
@@ -231,58 +296,3 @@ async def test_an_agent_that_never_thaws_does_not_block_us(
             start = trio.current_time()
         assert trio.current_time() - start < freeze_module.THAW_TIMEOUT + agent_module.ANSWER_TIMEOUT
     assert [record.levelno for record in caplog.records][-2] == logging.ERROR
-
-
-class Guest:
-    """A fake agent's state. `lose`: commands that are carried out without an answer, `lose_count` times."""
-
-    def __init__(self) -> None:
-        self.state = "thawed"
-        self.debts = b""
-        self.lose: set[str] = set()
-        self.lose_count = 1
-
-    async def answer(self, command: str, arguments: dict[str, object]) -> bytes:
-        await trio.lowlevel.checkpoint()
-        result = self._run(command, arguments)
-        before = b""
-        if command == "guest-sync-delimited":
-            before, self.debts = self.debts + b"\xff", b""
-        if command in self.lose and self.lose_count:
-            self.lose_count -= 1
-            return b""
-        return before + json.dumps({"return": result}).encode() + b"\n"
-
-    def _run(self, command: str, arguments: dict[str, object]) -> object:
-        if command == "guest-fsfreeze-status":
-            return self.state
-        if command == "guest-sync-delimited":
-            return arguments["id"]
-        self.state, before = {"freeze": "frozen", "thaw": "thawed"}[command.rpartition("-")[2]], self.state
-        return int(before != self.state)
-
-
-async def silent(_command: str, _arguments: dict[str, object]) -> bytes:
-    """An agent that is not there."""
-    return b""
-
-
-@contextlib.asynccontextmanager
-async def fake_agent(path: Path, answer: Answer) -> AsyncIterator[Path]:
-    """Listen on `path`; every command is answered with the bytes that `answer` gives."""
-    with trio.socket.socket(trio.socket.AF_UNIX) as listener:
-        await listener.bind(str(path))
-        listener.listen()
-
-        async def serve(stream: trio.SocketStream) -> None:
-            rest = b""
-            async for chunk in stream:
-                *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
-                    command = json.loads(line.lstrip(b"\xff"))
-                    reply = await answer(command["execute"], command["arguments"])
-                    with contextlib.suppress(trio.BrokenResourceError):
-                        await stream.send_all(reply)
-
-        async with background(partial(trio.serve_listeners, serve, [trio.SocketListener(listener)])):
-            yield path

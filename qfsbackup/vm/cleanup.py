@@ -18,7 +18,8 @@ from qfsbackup.vm.freeze import thaw_leftover
 from qfsbackup.vm.graph import look_at_nodes
 from qfsbackup.vm.low_water import LOW_WATER
 from qfsbackup.vm.node import remove_node, take_out
-from qfsbackup.vm.owner import OWNER, PREFIX, STOPPED, living_owner, resume
+from qfsbackup.vm.owner import OWNER, PREFIX, living_owner
+from qfsbackup.vm.pause import STOPPED, resume, running
 from qfsbackup.vm.qmp import Qmp
 from qfsbackup.vm.server import stop_server
 from qfsbackup.vm.snapshot import ACCESS, FILTER, FLEECING
@@ -63,11 +64,9 @@ async def _free_guest(qmp: Qmp, ours: Sequence[str], agent: Path | None) -> list
     """Let a guest that we stopped run on, then thaw it: a stopped guest's agent cannot answer."""
     done = []
     if STOPPED in ours:
-        if (await qmp.execute("query-status"))["status"] == "paused":
-            await resume(qmp)
-            done.append("let the guest run on")
-        else:
-            await remove_node(qmp, STOPPED)
+        stood = not await running(qmp)
+        await resume(qmp)
+        done += ["let the guest run on"] if stood and await running(qmp) else []
     if agent is not None:
         try:
             done += ["thawed the guest's file systems"] if await thaw_leftover(agent) else []

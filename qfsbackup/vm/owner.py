@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Marks that we leave in QEMU: whose snapshot this is, and that it was us who stopped the guest.
+"""The mark that we leave in QEMU: whose snapshot this is.
 
-All that we add to a VM begins with `qfsbackup-`. The marks are empty `null-co` nodes, whose names survive whatever
-kills us and are gone with QEMU. The owner's mark is the first thing made and the last one removed.
+All that we add to a VM begins with `qfsbackup-`. The mark is an empty `null-co` node, whose name survives whatever
+kills us and is gone with QEMU. It is the first thing made and the last one removed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from qfsbackup.vm.node import remove_node, undoing
+from qfsbackup.vm.node import remove_node
 from qfsbackup.vm.qmp import Qmp
 
 PREFIX = "qfsbackup-"
 OWNER = PREFIX + "by-"  # + process id and its start time, hexadecimal: at most 31 characters, as QEMU wants it
-STOPPED = PREFIX + "stopped"
 
 
 @asynccontextmanager
@@ -33,13 +32,6 @@ async def mark(qmp: Qmp, name: str) -> AsyncIterator[None]:
 async def add_mark(qmp: Qmp, name: str) -> None:
     """Let a mark of this name exist. Raises QmpError."""
     await qmp.execute("blockdev-add", {"driver": "null-co", "node-name": name, "size": 0})
-
-
-async def resume(qmp: Qmp) -> None:
-    """Let the guest that we stopped run on; the mark stays if that fails, so that cleanup tries again."""
-    with undoing("let the guest run on"):
-        await qmp.execute("cont")
-        await remove_node(qmp, STOPPED)
 
 
 def owner_name() -> str:

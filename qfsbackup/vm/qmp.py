@@ -20,7 +20,7 @@ from typing import Any
 
 import trio
 import trio_asyncio
-from qemu.qmp import ConnectError, ExecInterruptedError, ExecuteError, QMPClient, Runstate, StateError
+from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, Runstate, StateError
 
 from qfsbackup.errors import UserError
 
@@ -63,6 +63,22 @@ class QmpTimeoutError(QmpError):
 
     def __init__(self, command: str, seconds: float) -> None:
         super().__init__(command, "Timeout", f"QEMU did not answer within {seconds:.0f} s")
+
+
+class Events:
+    """Those that arrived, in order: calling it waits for the next one and returns its data."""
+
+    def __init__(self, listener: EventListener, call: Callable[..., Awaitable[Any]]) -> None:
+        self._listener, self._call = listener, call
+
+    async def __call__(self) -> Mapping[str, Any]:
+        message = await self._call(self._listener.get)
+        data: Mapping[str, Any] = message.get("data", {})
+        return data
+
+    def any(self) -> bool:
+        """Is there one? What happened before QEMU answered the last command, is."""
+        return not self._listener.empty()
 
 
 class Qmp:
@@ -113,16 +129,10 @@ class Qmp:
             return await self.execute(command, arguments, timeout=timeout)
 
     @asynccontextmanager
-    async def listen(self, event: str) -> AsyncIterator[Callable[[], Awaitable[Mapping[str, Any]]]]:
-        """While open, collect the events of this name; what it yields waits for the next one and returns its data."""
+    async def listen(self, event: str) -> AsyncIterator[Events]:
+        """While open, collect the events of this name."""
         with self._client.listener(event) as listener:
-
-            async def following() -> Mapping[str, Any]:
-                message = await self._call(listener.get)
-                data: Mapping[str, Any] = message.get("data", {})
-                return data
-
-            yield following
+            yield Events(listener, self._call)
 
     async def _call(self, function: Callable[..., Awaitable[Any]], *arguments: object) -> Any:
         return await trio_asyncio.aio_as_trio(function, loop=self._loop)(*arguments)

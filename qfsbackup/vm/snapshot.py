@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +28,9 @@ from qfsbackup.vm.bitmaps import MAP, Checkpoint, Kept, copy_maps, drop_unkept, 
 from qfsbackup.vm.fleecing import FleecingFile, check_space, fleecing_file
 from qfsbackup.vm.freeze import Freeze, Frozen, frozen
 from qfsbackup.vm.graph import Disk, Machine
-from qfsbackup.vm.node import node, put_in, remove_node, take_out
-from qfsbackup.vm.owner import PREFIX, STOPPED, add_mark, mark, owner_name, resume
+from qfsbackup.vm.node import node, put_in, take_out
+from qfsbackup.vm.owner import PREFIX, mark, owner_name
+from qfsbackup.vm.pause import Pause, running, stopped
 from qfsbackup.vm.qmp import Qmp
 from qfsbackup.vm.second_look import Filtered, look_after, look_at_device, look_before
 from qfsbackup.vm.server import listening_socket, nbd_server
@@ -109,7 +110,7 @@ async def take(
             for number, disk in enumerate(disks)
         )
         keeping = partial(keep, qmp, kept, started)
-        yield Taken(moment.instant, moment.held, moment.pause_ms, served, keeping)
+        yield Taken(moment.instant, moment.held, moment.pause.milliseconds, served, keeping)
 
 
 def _served(
@@ -123,7 +124,7 @@ def _served(
 @dataclass(slots=True)
 class _Moment:
     instant: int = 0
-    pause_ms: float = 0.0
+    pause: Pause = field(default_factory=Pause)
     held: bool = False
 
 
@@ -141,9 +142,9 @@ async def _instant(
     too much rather than too little.
     """
     moment = _Moment()
-    async with frozen(freeze, running=await _running(qmp)) as state, AsyncExitStack() as pause:
-        if not state.frozen and len(filtered) > 1 and await _running(qmp):
-            await pause.enter_async_context(_stopped(qmp, moment))
+    async with frozen(freeze, running=await running(qmp)) as state, AsyncExitStack() as pause:
+        if not state.frozen and len(filtered) > 1 and await running(qmp):
+            await pause.enter_async_context(stopped(qmp, moment.pause))
         with _deadline(state):
             await look_before(qmp, filtered.values())
             moment.instant = time.time_ns()
@@ -172,28 +173,6 @@ def _deadline(state: Frozen) -> Iterator[None]:
         raise UserError(
             "the VM's disks did not come to rest while its file systems were frozen", "Try again when it writes less."
         ) from None
-
-
-async def _running(qmp: Qmp) -> bool:
-    answer: bool = (await qmp.execute("query-status"))["running"]
-    return answer
-
-
-@asynccontextmanager
-async def _stopped(qmp: Qmp, moment: _Moment) -> AsyncIterator[None]:
-    """Stop the guest's CPUs; a mark tells cleanup that it was us, should we die in between."""
-    try:
-        await add_mark(qmp, STOPPED)
-    except BaseException:
-        await remove_node(qmp, STOPPED)  # the answer may be lost, but nothing was stopped
-        raise
-    start = time.perf_counter()
-    try:
-        await qmp.execute("stop")
-        yield
-    finally:
-        await resume(qmp)
-    moment.pause_ms = (time.perf_counter() - start) * 1000
 
 
 def _filter(machine: Machine, number: int, disk: Disk) -> Mapping[str, object]:

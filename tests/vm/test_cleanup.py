@@ -17,7 +17,6 @@ from qfsbackup.vm.owner import PREFIX
 from qfsbackup.vm.qmp import connect
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu
-from tests.harness.qmp_proxy import running_proxy
 from tests.harness.vm import Vm, running_vm
 from tests.vm.support import guest_io, held, make_source, server_runs
 
@@ -86,28 +85,6 @@ async def test_the_snapshot_of_a_living_mount_is_not_touched(qemu: Qemu, tmp_pat
         await process.wait()
         async with make_source(vm, tmp_path, socket=second).snapshot() as snapshot:
             assert len(snapshot.exports) == 1
-
-
-async def test_a_guest_stopped_by_a_mount_that_died_runs_on(paused_vm: Vm, tmp_path: Path) -> None:
-    await paused_vm.monitor.execute("cont")
-    before = await held(paused_vm)
-    stopped = trio.Event()
-
-    async def hold(name: str, _arguments: object) -> None:
-        if name == "qom-set":
-            stopped.set()
-            await trio.sleep_forever()
-
-    async with (
-        running_proxy(paused_vm.qmp, tmp_path / "proxy", hold),
-        mount_process(tmp_path / "proxy", tmp_path) as process,
-    ):
-        await stopped.wait()
-        process.kill()
-        await process.wait()
-    assert (await held(paused_vm))["status"] == "paused"
-    assert "let the guest run on" in await clean(paused_vm)
-    assert await held(paused_vm) == before
 
 
 async def test_a_guest_paused_by_its_owner_stays_paused(paused_vm: Vm, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """qfsbackup: one frozen instant of a running QEMU VM, as ordinary files.
 
-cli       the commands and mount.qfsbackup; arguments has their words, console how they end
+entry     where the programs begin; cli the commands, arguments their words, console how they end
 daemon    joins the pillars: source -> snapshot -> disks -> tree -> mount
 fuse      the kernel side            fs       what people see
 nbd       the bytes of a disk        sources  where a snapshot comes from

@@ -3,6 +3,6 @@
 
 import sys
 
-from qfsbackup.cli import main
+from qfsbackup.entry import main
 
 sys.exit(main())

@@ -18,9 +18,10 @@ from pathlib import Path
 import trio
 
 from qfsbackup.chain import Chain, open_chain
-from qfsbackup.errors import EXIT_SYSTEM, EXIT_UNRESTORED, UserError
+from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_SYSTEM, EXIT_UNRESTORED, UserError
 from qfsbackup.fuse.mount import check_mountpoint, mounted
 from qfsbackup.fuse.operations import Owner
+from qfsbackup.log import only_warnings
 from qfsbackup.model import Sockets, Source
 from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.nbd.budget import Budget
@@ -28,6 +29,7 @@ from qfsbackup.nbd.disk import open_disk
 from qfsbackup.nbd.listing import list_exports
 from qfsbackup.options import Options
 from qfsbackup.runtime import runtime_folder
+from qfsbackup.signals import HANDED_ON, TELLING
 from qfsbackup.sources.qemu import QemuSource, qmp_path
 from qfsbackup.sources.uri import UriSource, is_nbd_uri
 from qfsbackup.stacks import all_stacks
@@ -42,12 +44,23 @@ def serve(source: str, mountpoint: Path, options: Options, ready: Callable[[], N
     """Mount `source` at `mountpoint` and stay until it is unmounted or a signal asks to end.
 
     Returns the exit status: EXIT_SYSTEM where the snapshot broke meanwhile, EXIT_UNRESTORED where QEMU hangs and could
-    not be restored. Calls `ready` once the tree can be read.
+    not be restored, EXIT_INTERRUPTED after a SIGINT before it was ready. Calls `ready` once the tree can be read.
     Raises UserError; by then all is undone.
     """
     status = Status(facts={"source": source, "mountpoint": str(mountpoint), "pid": os.getpid(), "ppid": os.getppid()})
+    came: list[signal.Signals | str] = []  # what ended it, and "ready"
+
+    def now_ready() -> None:
+        came.append("ready")
+        ready()
+
+    def ended_by(number: signal.Signals) -> None:
+        if not came:
+            only_warnings()
+        came.append(number)
+
     try:
-        trio.run(partial(_serve, source, mountpoint, options, status, ready))
+        trio.run(partial(_serve, source, mountpoint, options, status, now_ready, ended_by))
     except BaseExceptionGroup as group:
         error = _only_error(group)
         if status.unrestored and isinstance(error, UserError):
@@ -56,6 +69,8 @@ def serve(source: str, mountpoint: Path, options: Options, ready: Callable[[], N
         raise error from None
     if status.unrestored:
         return EXIT_UNRESTORED
+    if came[:1] == [signal.SIGINT]:
+        return EXIT_INTERRUPTED
     return EXIT_SYSTEM if status.broken else 0
 
 
@@ -67,9 +82,16 @@ def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return error if isinstance(error, UserError) else group
 
 
-async def _serve(source: str, mountpoint: Path, options: Options, status: Status, ready: Callable[[], None]) -> None:
+async def _serve(
+    source: str,
+    mountpoint: Path,
+    options: Options,
+    status: Status,
+    ready: Callable[[], None],
+    ended_by: Callable[[signal.Signals], None],
+) -> None:
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(_ended_by_signals())
+        await stack.enter_async_context(_ended_by_signals(ended_by))
         check_mountpoint(mountpoint)
         runtime = stack.enter_context(runtime_folder())
         chain = await _chain(options, stack)
@@ -127,17 +149,21 @@ def _find_source(source: str, runtime: Path, options: Options, status: Status, c
 
 
 @asynccontextmanager
-async def _ended_by_signals() -> AsyncIterator[None]:
+async def _ended_by_signals(ended_by: Callable[[signal.Signals], None]) -> AsyncIterator[None]:
     """SIGTERM and SIGINT cancel what runs inside; its contexts then end in order. SIGUSR1 logs every task's stack."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) as signals:
+    for number in HANDED_ON:
+        signal.signal(number, lambda *_: None)  # one that comes while all ends already changes nothing
+    with trio.open_signal_receiver(*HANDED_ON) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)  # the supervisor has held them back until now
         async with trio.open_nursery() as nursery:
 
             async def wait() -> None:
                 async for number in signals:
-                    if number == signal.SIGUSR1:
+                    if number == TELLING:
                         for line in all_stacks().splitlines():
                             log.warning("%s", line)
                         continue
+                    ended_by(signal.Signals(number))
                     log.info("ending: %s", signal.Signals(number).name)
                     nursery.cancel_scope.cancel()
 

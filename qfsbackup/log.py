@@ -67,6 +67,13 @@ def to_syslog(level: int) -> None:
     _use(handler, level)
 
 
+def only_warnings() -> None:
+    """Say from now on only what goes wrong; with -v everything, as before."""
+    logger = logging.getLogger("qfsbackup")
+    if logger.level == logging.INFO:
+        logger.setLevel(logging.WARNING)
+
+
 def _use(handler: logging.Handler, level: int) -> None:
     root = logging.getLogger()
     for old in root.handlers[:]:

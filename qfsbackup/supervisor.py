@@ -22,40 +22,70 @@ import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 from qfsbackup import log as logs
-from qfsbackup.errors import EXIT_MOUNT, EXIT_SYSTEM, EXIT_UNRESTORED, EXIT_USAGE, UserError
+from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_MOUNT, EXIT_SYSTEM, EXIT_UNRESTORED, EXIT_USAGE, UserError
+from qfsbackup.signals import HANDED_ON
 
 log = logging.getLogger(__name__)
 
 Work = Callable[[Callable[[], None]], int]  # work(ready) -> exit status; raises UserError; calls ready() once
 Rescue = Callable[[], None]
 
-CLEAN_EXITS = {0, EXIT_USAGE, EXIT_SYSTEM, EXIT_MOUNT}  # the worker undid everything itself
+CLEAN_EXITS = {0, EXIT_USAGE, EXIT_SYSTEM, EXIT_MOUNT, EXIT_INTERRUPTED}  # the worker undid everything itself
 EXIT_DEFECT = 70  # EX_SOFTWARE (sysexits.h): an exception that nobody foresaw
 PR_SET_PDEATHSIG = 1  # prctl(2)
-HANDED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+CALLED_OFF = "nothing is mounted, and the VM is as it was"
 
 
 def in_background(work: Work, rescue: Rescue, log_level: int, *, bound: bool = False) -> None:
     """Start supervisor and worker and return when the worker says that it is ready.
 
-    `bound`: both end when this process does. Raises the worker's UserError, once everything it made is undone (unless
-    QEMU hangs).
+    `bound`: both end when this process does. Returns with SIGINT blocked: one that comes now was too late to call the
+    mount off. Raises the worker's UserError, once everything it made is undone (unless QEMU hangs); on Ctrl-C, then
+    too, KeyboardInterrupt.
     """
     reader, writer = os.pipe()
+    parent = os.getpid()
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)  # until they find somebody who acts on them
     supervisor = os.fork()
     if supervisor == 0:
         os.close(reader)
         os.setsid()
         detach = partial(_detach, writer, log_level)
-        os._exit(_guarded(lambda: _supervise(_reporting(work, writer, log_level), rescue, detach, bound=bound)))
+        bound_to = parent if bound else None
+        os._exit(_guarded(lambda: _supervise(_reporting(work, writer, log_level), rescue, detach, bound_to)))
     os.close(writer)
-    with os.fdopen(reader) as lines:
-        line = lines.readline()
-    message = json.loads(line) if line else {}
-    if message.get("ready"):
-        return
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+        message = _message(reader)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt(_call_off(supervisor, reader)) from None
+    finally:
+        os.close(reader)
+    if not message.get("ready"):
+        _refuse(message, supervisor)
+
+
+def _message(reader: int) -> dict[str, Any]:
+    """What the worker has to say; nothing where it ends without."""
+    line = os.read(reader, 1 << 16)  # a pipe takes and gives a short line in one piece
+    return json.loads(line) if line else {}
+
+
+def _call_off(supervisor: int, reader: int) -> str:
+    """Let the mount that is being made end, wait until all of it is undone, and say how that went."""
+    os.kill(supervisor, signal.SIGTERM)
+    if _message(reader).get("exit_code") == EXIT_UNRESTORED:
+        return "QEMU hangs; the VM is put back as it was once it answers"
+    os.waitpid(supervisor, 0)
+    return CALLED_OFF
+
+
+def _refuse(message: dict[str, Any], supervisor: int) -> NoReturn:
     if message.get("exit_code") == EXIT_UNRESTORED:
         message["exit_code"] = EXIT_MOUNT  # the supervisor goes on trying
     else:
@@ -70,22 +100,34 @@ def in_background(work: Work, rescue: Rescue, log_level: int, *, bound: bool = F
 
 
 def in_foreground(work: Work, rescue: Rescue) -> int:
-    """The same in this process; returns the worker's exit status when it has ended."""
-    return _supervise(lambda: work(_notify_systemd), rescue, lambda: None)
+    """The same in this process; returns the worker's exit status when it has ended. Raises KeyboardInterrupt where
+    that was before it was ready."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)
+    code = _supervise(lambda: work(_notify_systemd), rescue, lambda: None)
+    if code == EXIT_INTERRUPTED:
+        raise KeyboardInterrupt(CALLED_OFF)
+    return code
 
 
-def _supervise(worker: Callable[[], int], rescue: Rescue, detach: Callable[[], None], *, bound: bool = False) -> int:
-    """`detach` is called once the worker has its own copies of all that we hold."""
+def _supervise(
+    worker: Callable[[], int], rescue: Rescue, detach: Callable[[], None], bound_to: int | None = None
+) -> int:
+    """`detach` is called once the worker has its own copies of all that we hold; `bound_to`: end when this parent does.
+
+    Call it with the signals HANDED_ON blocked. The worker unblocks them when it can end in order.
+    """
     _protect_from_oom(-900)
-    if bound:
-        _die_with_parent()
+    if bound_to is not None:
+        _die_with_parent(bound_to)
+    supervisor = os.getpid()
     pid = os.fork()
     if pid == 0:
         _protect_from_oom(0)
-        _die_with_parent()
+        _die_with_parent(supervisor)
         os._exit(_guarded(worker))
     detach()
     _hand_signals_on(os.pidfd_open(pid))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code in CLEAN_EXITS:
         return code
@@ -115,23 +157,33 @@ def _describe(code: int) -> str:
 
 def _reporting(work: Work, writer: int, log_level: int) -> Callable[[], int]:
     """The worker of a background mount: what it has to say goes to the command that waits for it."""
+    waiting = True
 
     def ready() -> None:
+        nonlocal waiting
+        waiting = False
         logs.to_syslog(log_level)
-        os.write(writer, b'{"ready": true}\n')
+        _tell(writer, {"ready": True})
         os.close(writer)
         _detach_stdio()
 
     def run() -> int:
         try:
-            return work(ready)
+            code = work(ready)
         except UserError as error:
-            message = {"what": error.what, "hint": error.hint, "exit_code": error.exit_code}
-            with contextlib.suppress(OSError):  # after ready() nobody listens any more
-                os.write(writer, json.dumps(message).encode() + b"\n")
+            if waiting:
+                _tell(writer, {"what": error.what, "hint": error.hint, "exit_code": error.exit_code})
             return error.exit_code
+        if waiting and code == EXIT_UNRESTORED:
+            _tell(writer, {"what": "called off", "hint": "QEMU hangs.", "exit_code": code})
+        return code
 
     return run
+
+
+def _tell(writer: int, message: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # who waited is gone
+        os.write(writer, json.dumps(message).encode() + b"\n")
 
 
 def _guarded(work: Callable[[], int]) -> int:
@@ -146,8 +198,7 @@ def _guarded(work: Callable[[], int]) -> int:
         return EXIT_DEFECT
 
 
-def _die_with_parent() -> None:
-    parent = os.getppid()
+def _die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it died before we asked
         os.kill(os.getpid(), signal.SIGTERM)

@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import trio
-
+from qfsbackup import interruptible
 from qfsbackup.errors import EXIT_USAGE, UserError
 from qfsbackup.model import Committed
 from qfsbackup.options import Options
@@ -58,7 +57,7 @@ def _with_vm(source: str, work: Callable[[Path, Qmp], Awaitable[T]]) -> T:
             return await work(path, qmp)
 
     try:
-        return trio.run(session)
+        return interruptible.run(session)
     except QmpError as error:
         raise UserError(f"the VM cannot be asked: {error}", "See whether QEMU runs and answers.") from None
 

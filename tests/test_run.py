@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
 from tests.e2e.support import left_as_it_was
+from tests.faults.support import ended
 from tests.harness.mount import (
     PROGRAM,
     Result,
@@ -64,6 +64,7 @@ async def test_our_own_failure_is_125(vm: Vm, directory: Path, tmp_path: Path) -
         done = await run_in_mount(vm, directory, "no-such-program")
         assert done.code == 125
         assert "cannot run no-such-program" in done.stderr
+        assert "took a snapshot" not in done.stderr
         assert not is_mounted(directory)
 
 
@@ -96,19 +97,41 @@ async def test_a_command_that_leaves_a_process_behind_does_not_keep_the_mount(vm
 
 
 @pytest.mark.one_qemu
-async def test_a_killed_run_gives_the_vm_back(vm: Vm, directory: Path, tmp_path: Path) -> None:
+async def test_a_killed_run_gives_the_vm_back_and_takes_all_that_its_command_started_along(
+    vm: Vm, directory: Path, tmp_path: Path
+) -> None:
+    """A grandchild, and one that left the session and its parent."""
     os.mkfifo(tmp_path / "fifo")
     async with left_as_it_was(vm), taken_away(directory, vm.qmp):
-        script = f"echo ready > {tmp_path / 'fifo'}; exec sleep 600"
+        script = f"sleep 601 & setsid -f sh -c 'echo $$; exec sleep 602 > /dev/null' > {tmp_path / 'fifo'}; wait; true"
         with start(PROGRAM, "run", vm.qmp, "--mountpoint", directory, "--", "sh", "-c", script) as run:
-            assert await aside((tmp_path / "fifo").read_text) == "ready\n"
+            left = int(await aside((tmp_path / "fifo").read_text))
             [status] = json.loads((await qfsbackup("status", directory, "--json")).stdout)
-            supervisor = os.pidfd_open(status["ppid"])
-            run.kill()
-        with trio.fail_after(30):
-            await trio.lowlevel.wait_readable(supervisor)
-        os.close(supervisor)
+            async with ended([status["ppid"], left, *children(keeper(run.pid))]):
+                run.kill()
         assert not is_mounted(directory)
+
+
+@pytest.mark.one_qemu
+async def test_a_command_does_not_outlive_its_keeper(vm: Vm, directory: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    async with left_as_it_was(vm), taken_away(directory, vm.qmp):
+        script = f"echo $$ > {tmp_path / 'fifo'}; exec sleep 603 > /dev/null"
+        with start(PROGRAM, "run", vm.qmp, "--mountpoint", directory, "--", "sh", "-c", script, stderr=-3) as run:
+            async with ended([int(await aside((tmp_path / "fifo").read_text))]):
+                os.kill(keeper(run.pid), signal.SIGKILL)
+            assert await aside(run.wait) == 128 + signal.SIGKILL
+        assert not is_mounted(directory)
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def keeper(run: int) -> int:
+    """The child of `run` that has the command; the other one, the mount's supervisor, has left the session."""
+    [found] = [pid for pid in children(run) if os.getsid(pid) == os.getsid(run)]
+    return found
 
 
 @pytest.mark.one_qemu

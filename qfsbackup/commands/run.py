@@ -10,17 +10,18 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from qfsbackup.commands.commit import commit
+from qfsbackup.commands.executable import find_executable
+from qfsbackup.commands.keeper import started
 from qfsbackup.commands.mount import MountRequest, mount_in_background
 from qfsbackup.commands.progress import progress, read_bytes
+from qfsbackup.commands.run_signals import RunSignals
 from qfsbackup.commands.status import human
 from qfsbackup.commands.umount import BusyError, end_and_wait, umount_and_wait
 from qfsbackup.errors import EXIT_RUN, UserError
@@ -34,25 +35,30 @@ TICK = 0.5  # seconds between two looks at the progress
 
 def run(request: MountRequest, command: Sequence[str]) -> int:
     """The exit status. Raises UserError with exit code 125 where it is our own failure."""
-    started = time.monotonic()
+    begin = time.monotonic()
+    signals = RunSignals()
     try:
+        executable = find_executable(command[0])
         mount_in_background(request, bound=True)
-        try:
-            code = _run_command(request.mountpoint, command)
-            if code == 0 and request.options().target:
-                commit(request.mountpoint)
-        finally:
-            status = _unmount(request.mountpoint)
+        with signals.handled():
+            try:
+                code = _run_command(request.mountpoint, command, executable, signals)
+                if code == 0 and request.options().target:
+                    commit(request.mountpoint)
+            finally:
+                status = _unmount(request.mountpoint)
     except UserError as error:
         error.exit_code = EXIT_RUN
         raise
-    _summary(status, time.monotonic() - started)
+    _summary(status, time.monotonic() - begin)
     if status["broken"] and code == 0:
         raise UserError(
             f"the snapshot broke while the command ran: {status['broken']}",
             "Do not trust what it stored; run it again.",
             EXIT_RUN,
         )
+    if signals.interrupted:
+        raise KeyboardInterrupt(f"the command had ended already, with status {code}")
     return code
 
 
@@ -74,50 +80,20 @@ def make_mountpoint(mountpoint: Path) -> Path:
     return mountpoint
 
 
-def _run_command(mountpoint: Path, command: Sequence[str]) -> int:
+def _run_command(mountpoint: Path, command: Sequence[str], executable: Path, signals: RunSignals) -> int:
     mount = find_mount(mountpoint)
     environment = {**os.environ, "QFSBACKUP_MOUNT": str(mountpoint)}
-    with _signals() as send_to, progress(mount.status()) as show:
-        try:
-            process = subprocess.Popen(command, cwd=mountpoint, env=environment)
-        except OSError as error:
-            raise UserError(f"cannot run {command[0]}: {error.strerror}", "Is it installed, and in the PATH?") from None
-        send_to(process)
+    with (
+        started(command, executable, mountpoint, environment) as process,
+        signals.sent_to(process),
+        progress(mount.status()) as show,
+    ):
         code = None
         while code is None:
-            with suppress(subprocess.TimeoutExpired):
-                code = process.wait(TICK)
+            code = process.wait(TICK)
             with suppress(OSError):  # a broken mount is told of at the end
                 show(mount.status())
-    return code if code >= 0 else 128 - code
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[subprocess.Popen[bytes]], None]]:
-    """SIGTERM and SIGHUP go to the command; SIGINT reaches it from the terminal by itself. We wait for its end.
-
-    The handlers stand before the command starts (exec gives it the default ones): a signal that arrives before the
-    function which this yields is called with the command waits for that call.
-    """
-    early: list[int] = []
-    send = early.append
-
-    def send_to(process: subprocess.Popen[bytes]) -> None:
-        nonlocal send
-        send = process.send_signal
-        for number in early:
-            send(number)
-
-    old = {
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: send(number)),
-        signal.SIGHUP: signal.signal(signal.SIGHUP, lambda number, _: send(number)),
-    }
-    try:
-        yield send_to
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    return code
 
 
 def _unmount(mountpoint: Path) -> dict[str, Any]:

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Ctrl-C, as a terminal sends it, to the whole process group: one line, exit status 130, and nothing is left."""
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.support import left_as_it_was
+from tests.faults.support import until
+from tests.harness.mount import PROGRAM, Result, aside, is_mounted, mounted, qfsbackup, taken_away
+from tests.harness.qmp_proxy import running_proxy
+from tests.harness.vm import Vm
+from tests.vm.support import guest_io
+
+CALLED_OFF = "interrupted: nothing is mounted, and the VM is as it was"
+MOUNT: list[str | Path] = [PROGRAM, "mount", "$QMP", "$MNT"]
+RUN: list[str | Path] = [PROGRAM, "run", "$QMP", "--mountpoint", "$MNT", "--", "true"]
+
+# the words of a command, the QMP command that is on its way when Ctrl-C is pressed, and the line
+MOMENTS: list[tuple[list[str | Path], str, str]] = [
+    (MOUNT, "qmp_capabilities", CALLED_OFF),
+    (MOUNT, "blockdev-add", CALLED_OFF),
+    (MOUNT, "qom-set", CALLED_OFF),
+    (MOUNT, "block-export-add", CALLED_OFF),
+    ([PROGRAM.with_name("mount.qfsbackup"), "$QMP", "$MNT"], "qom-set", CALLED_OFF),
+    ([*MOUNT, "--foreground"], "qom-set", CALLED_OFF),
+    (RUN, "qom-set", CALLED_OFF),
+    (RUN, "nbd-server-stop", "interrupted: the command had ended already, with status 0"),
+    ([PROGRAM, "cleanup", "$QMP"], "query-named-block-nodes", "interrupted"),
+    ([PROGRAM, "checkpoints", "$QMP"], "query-named-block-nodes", "interrupted"),
+]
+
+
+class Pressed:
+    """A command in a process group of its own, as a shell makes one, and Ctrl-C."""
+
+    def __init__(self, words: list[str | Path], **options: Any) -> None:
+        self._process = subprocess.Popen(
+            words, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        )
+
+    def press(self) -> None:
+        os.killpg(self._process.pid, signal.SIGINT)
+
+    async def end(self) -> Result:
+        out, err = await aside(self._process.communicate)
+        return Result(self._process.returncode, out, err)
+
+
+@pytest.mark.one_qemu
+@pytest.mark.parametrize(("words", "at", "line"), MOMENTS, ids=[f"{one[0][1]}-{one[1]}" for one in MOMENTS])
+async def test_ctrl_c_leaves_nothing(
+    vm: Vm, directory: Path, tmp_path: Path, words: list[str | Path], at: str, line: str
+) -> None:
+    running: list[Pressed] = []
+    places = {"$QMP": tmp_path / "proxy.qmp", "$MNT": directory}
+
+    async def press(name: str, _arguments: object) -> None:
+        if name == at and running:
+            running.pop().press()
+
+    async with (
+        left_as_it_was(vm),
+        running_proxy(vm.qmp, places["$QMP"], on_command=press),
+        taken_away(directory, places["$QMP"]),
+    ):
+        command = Pressed([places.get(str(word), word) for word in words])
+        running.append(command)
+        done = await command.end()
+        assert not running, "it did not get that far"
+        assert (done.code, done.stderr.splitlines()[-1]) == (130, line), done
+        if line == CALLED_OFF:
+            assert done.stderr == f"{line}\n"
+        assert not is_mounted(directory)
+
+
+async def test_ctrl_c_while_modules_are_loaded_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "argparse.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+    )
+    done = await qfsbackup("status", environment={"PYTHONPATH": str(tmp_path)})
+    assert done == Result(130, "", "interrupted\n")
+
+
+@pytest.mark.one_qemu
+async def test_ctrl_c_takes_a_half_restored_image_away(vm: Vm, directory: Path, tmp_path: Path) -> None:
+    """From a mount that gives its bytes slowly."""
+    await guest_io(vm, "vda", "write -P 5 0 4M")
+    output = tmp_path / "restored"
+    output.mkdir()
+    async with mounted(vm.qmp, directory, "bwlimit=1M,disks=vda"):
+        restore = Pressed([PROGRAM, "restore", directory / "chunks/vda", output / "vda.raw"])
+
+        async def begun() -> bool:
+            return bool(await aside(os.listdir, output))
+
+        await until(begun)
+        restore.press()
+        assert await restore.end() == Result(130, "", "interrupted\n")
+        assert await aside(os.listdir, output) == []

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
@@ -112,21 +113,33 @@ class Chain:
 
     async def begin(self, snapshot: Snapshot) -> int:
         """The time of what has changed in this mount, in nanoseconds; stored before anybody can see it."""
-        return await self._ask(partial(self._opened.begin, self._target, snapshot.instant))
+        shown = await self._ask(partial(self._opened.begin, self._target, snapshot.instant))
+        self._stack.callback(self._end, time.time_ns(), _ticks())
+        return shown
+
+    def _end(self, began: int, ticks: int) -> None:
+        """Store when this mount ended, whatever ended it. `began` and `ticks` are what both clocks said at first.
+
+        The clock may have been set back since, and a tool may have started before that.
+        """
+        try:
+            self._opened.end(self._target, max(time.time_ns(), began + _ticks() - ticks))
+        except UserError as error:
+            log.warning("%s: the next backup's times are later than they need be", error.what)
 
     async def numbers(self, snapshot: Snapshot) -> Numbers:
         """The numbers of the VM and its disks."""
         store, disks = self._opened, [export.disk for export in snapshot.exports]
         return await self._ask(lambda: Numbers(store.vm_number(), {name: store.disk_number(name) for name in disks}))
 
-    async def grids(self, snapshot: Snapshot, time: int, disks: Sequence[Disk]) -> dict[str, Grid]:
+    async def grids(self, snapshot: Snapshot, shown: int, disks: Sequence[Disk]) -> dict[str, Grid]:
         """How each disk is cut, and when its chunks changed; noted for the commit."""
         committed = await self._ask(partial(self._opened.disks, self._target))
         grids = {}
         for export, disk in zip(snapshot.exports, disks, strict=True):
             old = committed.get(export.disk)  # also where all is dirty: the chunk size stays
             base = Grid(old.size, old.chunk, old.times) if old else None
-            grid = plan(export.size, disk.dirty, time, base, self._chunk)
+            grid = plan(export.size, disk.dirty, shown, base, self._chunk)
             grids[export.disk] = grid
             if export.generation:
                 self._next[export.disk] = DiskState(
@@ -164,6 +177,11 @@ async def _check_whole(disks: Sequence[Disk], status: Status) -> None:
         raise UserError(
             f"not committed: the snapshot is broken: {status.broken}", "Take the backup once more.", EXIT_SYSTEM
         )
+
+
+def _ticks() -> int:
+    """Nanoseconds that nobody sets back, sleep included."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 @asynccontextmanager

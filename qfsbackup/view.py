@@ -17,7 +17,6 @@ from qfsbackup.model import Disk, Snapshot
 from qfsbackup.options import Options
 from qfsbackup.ranges import RangeSet
 from qfsbackup.state.database import SECOND
-from qfsbackup.state.store import EARLIER
 from qfsbackup.status import Status
 
 log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ async def make_tree(
         await _leave_out_clean(shown, grids)
     look = Look(
         time=time,
-        newest=time + EARLIER * SECOND if chain else snapshot.instant,
+        newest=max(time + SECOND, snapshot.instant // SECOND * SECOND) if chain else snapshot.instant,
         number=numbers.vm if numbers else None,
         images=images,
         release=options.discard == "release",

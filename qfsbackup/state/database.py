@@ -34,6 +34,9 @@ SCHEMA = (
     "digest BLOB NOT NULL, PRIMARY KEY (target, disk))",
 )
 
+# Stores of the first version get it when they are opened: nothing is known of how their mounts ended.
+MOUNTED = "CREATE TABLE IF NOT EXISTS mounted (target TEXT PRIMARY KEY, clock INTEGER NOT NULL, open INTEGER NOT NULL)"
+
 
 class UnusableError(Exception):
     """The file is there, and is not a store that this version can use."""
@@ -84,6 +87,7 @@ def _check(database: sqlite3.Connection) -> None:
     application, version = _value(database, "PRAGMA application_id"), _value(database, "PRAGMA user_version")
     if (application, version) != (APPLICATION, FORMAT):
         raise UnusableError(f"application {application}, format {version} instead of {APPLICATION}, {FORMAT}")
+    database.execute(MOUNTED)
 
 
 def _create(database: sqlite3.Connection) -> None:

@@ -9,13 +9,18 @@ Why a skipped file is always the same file. Tools skip a file whose size, mtime,
 
 - A time belongs to one mount of one target: `begin` stores it before anybody sees it, and each is later than all before
   it. A chunk that changed shows the time of its mount, which the tool cannot have.
+- Some tools compare with the start of their own last run instead (GNU tar --listed-incremental, find -newer): a chunk
+  that changed since then must have a later time. That start lies before the end of the mount in which it was: `end`
+  stores when that was, and the next time is later. Where it is not known, for the mount died, the time is the new
+  instant, rounded up. To deceive them, the clock must be set back during a mount that then dies.
 - With the store the times are lost, but also the numbers that the inodes are made of: a new store starts at a random
-  one. rsync looks at no inode. To deceive it, the store must be lost *and* the clock be set back.
+  one. To deceive rsync, which looks at no inode, or a tool that compares with its own start, the store must be lost
+  within seconds of a mount, or the clock be set back as well.
 
 A time is 5 s before the instant: borg forgets files that are younger than its own start less 3 s. It can only be later
-where mounts follow each other within seconds, or where the clock was set back. Then restic and rsync go on as ever, for
-they ask only whether a time is the same; borg reads the chunks with such a time again and again until its clock has
-passed them: slower, never wrong.
+where mounts follow each other within seconds, after one that died, or where the clock was set back. Then restic and
+rsync go on as ever, for they ask only whether a time is the same; borg reads the chunks with such a time again until
+its clock has passed them: slower, never wrong.
 """
 
 from __future__ import annotations
@@ -114,18 +119,41 @@ class Store:
     def begin(self, target: str, instant: int) -> int:
         """The time that a mount with this instant shows on what has changed: in nanoseconds, but whole seconds.
 
-        5 s before the instant, and at least 1 s after each time that any mount of the target has shown, whether that
-        was committed or not. It is stored before it is returned.
+        5 s before the instant, at least 1 s after each time that any mount of the target has shown, whether that was
+        committed or not, and behind the end of the target's last mount: where `end` was not called for that, not before
+        the instant. It is stored before it is returned.
         """
         text = _as_text(target)
         with self._transaction():
-            query = "SELECT max(time) FROM shown WHERE target IN (?, ?)"
-            newest = self._database.execute(query, (text, EVERY_TARGET)).fetchone()[0] or 0
-            time = max(instant // SECOND - EARLIER, newest + 1)
+            shown, clock, ended = self._last(text)
+            behind = clock // SECOND + 1 if ended else -(-instant // SECOND)
+            time = max(instant // SECOND - EARLIER, 1)
+            if shown is not None:
+                time = max(time, shown + 1, behind)
             show(self._database, text, time)
-        if time * SECOND >= instant:
-            log.warning("target %s has shown later times than now: was the clock set back? borg may be slower", target)
+            self._database.execute("INSERT OR REPLACE INTO mounted VALUES (?, ?, 1)", (text, instant))
+        if clock > instant + SECOND:
+            log.warning(
+                "the clock was set back by %d s since the last mount for target %s: borg may read more until it has"
+                " caught up", (clock - instant) // SECOND, target,
+            )  # fmt: skip
         return time * SECOND
+
+    def _last(self, target: str) -> tuple[int | None, int, bool]:
+        """Of the target's last mount: the time shown in seconds, None without any; the last look at the clock; its end.
+
+        The clock in nanoseconds, and whether it is that of the mount's end.
+        """
+        query = "SELECT max(time) FROM shown WHERE target IN (?, ?)"
+        shown = self._database.execute(query, (target, EVERY_TARGET)).fetchone()[0]
+        found = self._database.execute("SELECT clock, open FROM mounted WHERE target = ?", (target,)).fetchone()
+        clock, is_open = found or (0, 1)
+        return shown, clock, not is_open
+
+    def end(self, target: str, now: int) -> None:
+        """The mount of the target that began last has ended, at this time in nanoseconds: no tool has started later."""
+        with self._transaction():
+            self._database.execute("UPDATE mounted SET clock = ?, open = 0 WHERE target = ?", (now, _as_text(target)))
 
     def commit(self, target: str, disks: Mapping[str, DiskState]) -> None:
         """From now on these disks' next backups start here; the target's other disks stay as they are."""

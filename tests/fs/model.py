@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import trio
+
 from qfsbackup.fs.grid import Grid
 from qfsbackup.fs.node import Attributes, Directory, File, Node
 from qfsbackup.fs.tree import Tree
@@ -47,6 +49,25 @@ class Tool:
 
 
 @dataclass
+class Since:
+    """Reads a file again if it is newer than the start of its own last run, or was not there: GNU tar, find -newer."""
+
+    started: int = -1
+    held: dict[str, bytes] = field(default_factory=dict)
+
+    def run(self, tree: Tree, now: int) -> None:
+        files = dict(walk(tree))
+        for path, file in files.items():
+            if path not in self.held or file.attributes().time > self.started:
+                self.held[path] = bytes(trio.run(file.open().read, 0, LARGEST))
+        self.held = {path: self.held[path] for path in files}
+        self.started = now
+
+    def disk(self) -> bytes:
+        return b"".join(content for path, content in sorted(self.held.items()) if path.startswith("chunks/"))
+
+
+@dataclass
 class Mount:
     """A snapshot and its tree, with the bitmap that began at its instant."""
 
@@ -56,7 +77,9 @@ class Mount:
     content: bytes
     grid: Grid
     tree: Tree
+    ticks: int  # of its beginning, on a clock that nobody sets back
     read: bool = False
+    set_back: bool = False  # was the clock set back meanwhile
 
 
 def walk(folder: Directory, path: str = "") -> list[tuple[str, File]]:

@@ -29,7 +29,7 @@ from qfsbackup.state.store import DiskState, Store, open_store
 from qfsbackup.status import Status
 from qfsbackup.vm.low_water import low_water
 from tests.fs.memory import MemoryDisk, frozen
-from tests.fs.model import CHUNK, LARGEST, SECOND, Mount, Tool, walk
+from tests.fs.model import CHUNK, LARGEST, SECOND, Mount, Since, Tool, walk
 
 SMALLEST = CHUNK // 2
 TARGETS = ("nas", "usb")
@@ -47,11 +47,13 @@ class Machine(RuleBasedStateMachine):
         self.random = random.Random(1)
         self.content = bytearray(self.random.randbytes(3 * CHUNK + 512))
         self.clock = 1_700_000_000 * SECOND
+        self.ticks = 0
         self.bitmaps: dict[tuple[str, str], RangeSet] = {}
         self.left: dict[tuple[str, str], int] = {}  # bytes of the low-water marks
         self.mounts: dict[str, Mount] = {}
         self.generations = 0
         self.tools = {name: [Tool(whole=True)] + ([] if self.lossy else [Tool(whole=False)]) for name in TARGETS}
+        self.since = {name: Since() for name in TARGETS}
 
     def teardown(self) -> None:
         shutil.rmtree(self.folder)
@@ -81,17 +83,21 @@ class Machine(RuleBasedStateMachine):
     @rule(persistent=st.booleans())
     def restart(self, persistent: bool) -> None:
         """The mounts die with the VM; bitmaps survive a clean shutdown where the format can keep them."""
-        self.mounts.clear()
+        for to in list(self.mounts):
+            self.kill(to)
         if not persistent:
             self.bitmaps.clear()
 
     @rule(milliseconds=st.integers(1, 3_000))
     def wait(self, milliseconds: int) -> None:
         self.clock += milliseconds * 10**6
+        self.ticks += milliseconds * 10**6
 
     @rule(seconds=st.integers(1, 5))
     def set_the_clock_back(self, seconds: int) -> None:
         self.clock -= seconds * SECOND
+        for mount in self.mounts.values():
+            mount.set_back = True
 
     @rule()
     @precondition(lambda self: self.lossy and not self.mounts)
@@ -140,9 +146,9 @@ class Machine(RuleBasedStateMachine):
         shown = ShownDisk("vda", store.disk_number("vda"), disk, grid)
         snapshot = Snapshot(vm="web1", uuid=UUID, instant=instant, exports=())
         tree = build_tree(
-            snapshot, [shown], Status(), generation.encode(), Look(time, time + 5 * SECOND, store.vm_number())
+            snapshot, [shown], Status(), generation.encode(), Look(time, time + SECOND, store.vm_number())
         )
-        return Mount(target, generation, instant, bytes(self.content), grid, tree)
+        return Mount(target, generation, instant, bytes(self.content), grid, tree, self.ticks)
 
     @rule(to=st.sampled_from(TARGETS), part=st.sampled_from([0.3, 0.8, 1.0, 1.0]), skip_missing=st.booleans())
     @precondition(lambda self: self.mounts)
@@ -159,9 +165,11 @@ class Machine(RuleBasedStateMachine):
                 tool.forget_others({path for path, _ in files})
         mount.read |= part == 1.0
         if part == 1.0:
+            self.since[to].run(mount.tree, self.clock)
             self._compare(mount)
 
     def _compare(self, mount: Mount) -> None:
+        assert self.lossy or self.since[mount.target].disk() == mount.content
         for tool in self.tools[mount.target]:
             assert tool.disk() == mount.content
             assert tool.held["images/vda.raw"][1] == mount.content
@@ -173,9 +181,11 @@ class Machine(RuleBasedStateMachine):
         mount = self.mounts.get(to)
         if mount is None or not mount.read:
             return
-        del self.mounts[to]
+        if killed:
+            self.kill(to)
         if killed == "before":
             return
+        self.mounts.pop(to, None)
         with ExitStack() as stack:
             store = stack.enter_context(open_store(self.folder, UUID, "web1"))
             stack.enter_context(store.lock(to))
@@ -183,6 +193,8 @@ class Machine(RuleBasedStateMachine):
             grid = mount.grid
             state = DiskState(mount.generation, mount.instant, grid.size, grid.chunk, grid.times)
             store.commit(to, {"vda": state})
+            if not killed:
+                self._end(store, mount)
         if old and killed != "between":
             self.bitmaps.pop((to, old.generation), None)
 
@@ -199,12 +211,20 @@ class Machine(RuleBasedStateMachine):
     def roll_back(self, to: str) -> None:
         mount = self.mounts.pop(to, None)
         if mount:
+            with open_store(self.folder, UUID, "web1") as store:
+                self._end(store, mount)
             self.bitmaps.pop((to, mount.generation), None)
+
+    def _end(self, store: Store, mount: Mount) -> None:
+        """As the chain reckons it: the clock may have been set back meanwhile."""
+        store.end(mount.target, max(self.clock, mount.instant + self.ticks - mount.ticks))
 
     @rule(to=st.sampled_from(TARGETS))
     def kill(self, to: str) -> None:
-        """The new bitmap stays where it is."""
-        self.mounts.pop(to, None)
+        """The new bitmap stays where it is. How late a tool may have started is known if nobody set the clock back."""
+        mount = self.mounts.pop(to, None)
+        if mount and mount.set_back:
+            self.since[to] = Since()
 
     @rule(to=st.sampled_from(TARGETS))
     def delete_the_checkpoint(self, to: str) -> None:

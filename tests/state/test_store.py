@@ -82,34 +82,6 @@ def test_another_vm_of_the_same_name_starts_anew_and_above_all_times(tmp_path: P
         assert store.bases("nas") == {"vda": Base("g1", 3 * 65536)}
 
 
-@settings(deadline=None)
-@given(instants=st.lists(st.integers(0, 40 * SECOND) | st.integers(0, 2 * INSTANT), min_size=2, max_size=8))
-def test_times_are_whole_seconds_before_the_instant_and_above_all_earlier_ones(
-    tmp_path_factory: pytest.TempPathFactory, instants: list[int]
-) -> None:
-    folder = tmp_path_factory.mktemp("state")
-    shown = [0]
-    for instant in instants:
-        with open_store(folder, UUID, "web1") as store:
-            time = store.begin("nas", instant)
-        assert time % SECOND == 0
-        assert time >= shown[-1] + SECOND
-        assert time == shown[-1] + SECOND or instant - 6 * SECOND < time <= instant - 5 * SECOND
-        shown.append(time)
-
-
-def test_each_target_has_its_own_times(tmp_path: Path) -> None:
-    with open_store(tmp_path, UUID, "web1") as store:
-        assert store.begin("nas", INSTANT) == store.begin("usb", INSTANT)
-
-
-def test_deleting_a_target_does_not_bring_its_times_back(tmp_path: Path) -> None:
-    with open_store(tmp_path, UUID, "web1") as store:
-        time = store.begin("nas", INSTANT)
-        store.delete("nas")
-        assert store.begin("nas", INSTANT) == time + SECOND
-
-
 def test_a_target_is_used_by_one_mount_at_a_time(tmp_path: Path) -> None:
     with open_store(tmp_path, UUID, "web1") as one, open_store(tmp_path, UUID, "web1") as two:
         with one.lock("nas"):

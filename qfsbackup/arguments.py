@@ -134,6 +134,7 @@ def _mount_parsers(commands: argparse._SubParsersAction[Parser]) -> None:
     run_parser.add_argument(
         "--mountpoint", metavar="DIR", type=Path, help="where to mount (default: the same folder for each run)"
     )
+    _on_purpose(run_parser)
     run_parser.set_defaults(terminal_level=logging.INFO)
 
 
@@ -141,8 +142,10 @@ def _ending_parsers(commands: argparse._SubParsersAction[Parser]) -> None:
     umount = _command(commands, "umount", "unmount and wait until the VM is as it was")
     umount.add_argument("directory", metavar="DIR", type=Path)
     umount.add_argument("--commit", action="store_true", help="commit first; without a commit nothing is unmounted")
+    _on_purpose(umount)
     committing = _command(commands, "commit", "make this backup the base of the target's next one")
     committing.add_argument("directory", metavar="DIR", type=Path)
+    _on_purpose(committing)
     clean = _command(commands, "cleanup", "undo what a dead mount left in a VM; safe to repeat", CLEANUP_HELP)
     _source(clean)
 
@@ -175,6 +178,11 @@ def _command(
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is done, each QMP command too")
     parser.set_defaults(terminal_level=logging.WARNING)
     return parser
+
+
+def _on_purpose(parser: Parser) -> None:
+    text = "commit also what was discarded before anybody had read it"
+    parser.add_argument("--discarded-on-purpose", action="store_true", help=text)
 
 
 def _source(parser: Parser) -> None:

@@ -72,11 +72,12 @@ def _mount(arguments: argparse.Namespace, level: int) -> int:
 
 def _run(arguments: argparse.Namespace, command: list[str], level: int) -> int:
     mountpoint = arguments.mountpoint or make_mountpoint(default_mountpoint(_absolute(arguments.source)))
-    return run(_request(arguments, mountpoint, level), command)
+    request = _request(arguments, mountpoint, level)
+    return run(request, command, discarded_on_purpose=arguments.discarded_on_purpose)
 
 
 def _commit(arguments: argparse.Namespace, _level: int) -> int:
-    commit(arguments.directory)
+    commit(arguments.directory, discarded_on_purpose=arguments.discarded_on_purpose)
     return 0
 
 
@@ -98,7 +99,7 @@ def _restore(arguments: argparse.Namespace, _level: int) -> int:
 
 def _umount(arguments: argparse.Namespace, _level: int) -> int:
     if arguments.commit:
-        commit(arguments.directory)
+        commit(arguments.directory, discarded_on_purpose=arguments.discarded_on_purpose)
     status = umount_and_wait(arguments.directory)
     if status["broken"]:
         raise UserError(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from qfsbackup.ranges import RangeSet
+from qfsbackup.seen import Seen
 
 BitmapStatus = Literal["none", "new", "reuse", "invalid"]
 
@@ -137,6 +138,12 @@ class Disk(Protocol):
 
     @property
     def can_trim(self) -> bool: ...
+
+    @property
+    def seen(self) -> Seen:
+        """What readers were answered. The short cut notes its part by itself, at the latest when it has ended; for all
+        else whoever answers does, who knows whether the whole of an answer came."""
+        ...
 
     @property
     def short_cut(self) -> ShortRead | None:

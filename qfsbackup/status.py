@@ -8,7 +8,7 @@ every disk fails from then on: a backup that misses a piece must not look like o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -42,6 +42,7 @@ class DiskStatus:
     read_errors: int = 0  # a count
     short_cut: Counted | None = None  # what it counts comes on top
     punched: int = 0  # punched by readers
+    discarded_unread: Callable[[], int] = field(default=lambda: 0)  # of what was punched: data that nobody had read
     trimmed: int = 0  # given back to the server
     fleecing_used: Callable[[], int] = field(default=lambda: 0)  # allocated in the fleecing file, now
     fleecing_lost: Callable[[], bool] = field(default=lambda: False)  # could its file system not store all of it
@@ -115,6 +116,13 @@ def _disk_dict(disk: DiskStatus) -> dict[str, object]:
         "read_bytes": disk.read_bytes + (more.answered if more else 0),
         "read_errors": disk.read_errors,
         "punched": disk.punched,
+        "discarded_unread": disk.discarded_unread(),
         "trimmed": disk.trimmed,
         "fleecing_used": disk.fleecing_used(),
     }
+
+
+def discarded(unread: Mapping[str, int]) -> str:
+    """What a person is told of the bytes, by disk, that were discarded before anybody read them; empty: nothing."""
+    parts = [f"{size} bytes of {name}" for name, size in unread.items() if size]
+    return f"{', '.join(parts)} were discarded before anybody had read them" if parts else ""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from qfsbackup.chain import Chain, Numbers
-from qfsbackup.errors import FsError, UserError
+from qfsbackup.errors import EXIT_SYSTEM, FsError, UserError
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.grid import Grid, plan
 from qfsbackup.fs.tree import Look, ShownDisk, Tree, build_tree, describe, iso_time
@@ -17,7 +17,7 @@ from qfsbackup.model import Disk, Snapshot
 from qfsbackup.options import Options
 from qfsbackup.ranges import RangeSet
 from qfsbackup.state.database import SECOND
-from qfsbackup.status import Status
+from qfsbackup.status import Status, discarded
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +77,26 @@ async def _leave_out_clean(shown: Sequence[ShownDisk], grids: Mapping[str, Grid]
             await disk.frozen.release(start, end)
 
 
-async def _commit(chain: Chain, snapshot: Snapshot, disks: Sequence[Disk], status: Status) -> None:
-    """What writing to the control file does."""
+async def _commit(
+    chain: Chain, snapshot: Snapshot, disks: Sequence[Disk], status: Status, discarded_on_purpose: bool
+) -> None:
+    """What the control file does."""
     try:
+        if not (discarded_on_purpose or chain.committed):
+            _check_read(status)
         await chain.commit(snapshot, disks, status)
     except UserError as error:
         log.warning("%s", error.what)
         status.facts["commit_error"] = error.what
         raise FsError(errno.EIO, error.what) from error
-    status.facts["committed"] = True
+    status.facts |= {"committed": True, "commit_error": None}
+
+
+def _check_read(status: Status) -> None:
+    """Whoever read what was discarded read zeros, or nothing."""
+    lost = discarded({name: disk.discarded_unread() for name, disk in status.disks.items()})
+    if lost:
+        raise UserError(lost, "Commit it with discarded-on-purpose, if that was meant.", EXIT_SYSTEM)
 
 
 def _note(status: Status, snapshot: Snapshot, options: Options) -> None:

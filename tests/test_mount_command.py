@@ -74,7 +74,7 @@ async def test_fstab_mounts_and_a_failure_has_two_lines_and_32(vm: Vm, directory
 # ---- status ----
 
 DISK_KEYS = {"size", "data", "dirty", "bitmap", "nbd_bytes", "nbd_requests", "read_bytes", "read_errors", "punched"}
-DISK_KEYS |= {"trimmed", "fleecing_used", "generation", "base"}
+DISK_KEYS |= {"trimmed", "discarded_unread", "fleecing_used", "generation", "base"}
 KEYS = {"format", "source", "mountpoint", "pid", "ppid", "vm", "instant", "frozen", "pause_ms", "state", "broken"}
 KEYS |= {"vm_gone", "fleecing", "disks"}
 

@@ -6,14 +6,22 @@ from __future__ import annotations
 import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
 from qfsbackup.errors import EXIT_SYSTEM, EXIT_USAGE, UserError
-from qfsbackup.fs.control import GIVE, WORDS
+from qfsbackup.fs.control import COMMIT, GIVE, ON_PURPOSE, WORDS
 from qfsbackup.mounts import Mount, find_mount
+from qfsbackup.status import discarded
+
+UNDONE = "The next one starts from the last commit, as if this one had not been."
+AGAIN = "Take it again, mounted with ro; or, if that was given away on purpose, say --discarded-on-purpose."
 
 
-def commit(directory: Path) -> None:
-    """Returns once that is on the disk. Raises UserError."""
+def commit(directory: Path, *, discarded_on_purpose: bool = False) -> None:
+    """Returns once that is on the disk. Raises UserError.
+
+    `discarded_on_purpose`: also where something was discarded that nobody had read.
+    """
     mount = find_mount(directory)
     try:
         descriptor = os.open(mount.mountpoint / ".qfsbackup" / "control", os.O_RDONLY)
@@ -26,7 +34,7 @@ def commit(directory: Path) -> None:
     except OSError as error:
         raise _refused(directory, error.strerror or str(error)) from None
     try:
-        fcntl.ioctl(descriptor, GIVE, b"commit".ljust(WORDS))
+        fcntl.ioctl(descriptor, GIVE, (ON_PURPOSE if discarded_on_purpose else COMMIT).ljust(WORDS))
     except OSError as error:
         raise _failed(mount, error) from None
     finally:
@@ -35,19 +43,21 @@ def commit(directory: Path) -> None:
 
 def _failed(mount: Mount, error: OSError) -> UserError:
     try:
-        reason = mount.status()["commit_error"]
+        status = mount.status()
     except OSError:
         return UserError(
             f"the mount at {mount.mountpoint} died while it committed",
             f"The next backup is right in either case. Does this one count: qfsbackup checkpoints {mount.source}",
             EXIT_SYSTEM,
         )
-    return _refused(mount.mountpoint, str(reason or error.strerror))
+    reason = status["commit_error"]
+    return _refused(mount.mountpoint, str(reason or error.strerror), AGAIN if reason == unread(status) else UNDONE)
 
 
-def _refused(directory: Path, reason: str) -> UserError:
-    return UserError(
-        f"the backup at {directory} was not committed: {reason}",
-        "The next one starts from the last commit, as if this one had not been.",
-        EXIT_SYSTEM,
-    )
+def unread(status: dict[str, Any]) -> str:
+    """What of a mount was discarded before anybody read it, for a person; empty: nothing."""
+    return discarded({name: disk["discarded_unread"] for name, disk in status["disks"].items()})
+
+
+def _refused(directory: Path, reason: str, hint: str = UNDONE) -> UserError:
+    return UserError(f"the backup at {directory} was not committed: {reason}", hint, EXIT_SYSTEM)

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qfsbackup.commands.commit import commit
+from qfsbackup.commands.commit import AGAIN, commit, unread
 from qfsbackup.commands.executable import find_executable
 from qfsbackup.commands.keeper import started
 from qfsbackup.commands.mount import MountRequest, mount_in_background
@@ -33,8 +33,11 @@ MOUNTPOINTS = Path("/run/qfsbackup/mnt")
 TICK = 0.5  # seconds between two looks at the progress
 
 
-def run(request: MountRequest, command: Sequence[str]) -> int:
-    """The exit status. Raises UserError with exit code 125 where it is our own failure."""
+def run(request: MountRequest, command: Sequence[str], *, discarded_on_purpose: bool = False) -> int:
+    """The exit status. Raises UserError with exit code 125 where it is our own failure.
+
+    `discarded_on_purpose`: it is none that something was discarded which nobody had read.
+    """
     begin = time.monotonic()
     signals = RunSignals()
     try:
@@ -44,7 +47,7 @@ def run(request: MountRequest, command: Sequence[str]) -> int:
             try:
                 code = _run_command(request.mountpoint, command, executable, signals)
                 if code == 0 and request.options().target:
-                    commit(request.mountpoint)
+                    commit(request.mountpoint, discarded_on_purpose=discarded_on_purpose)
             finally:
                 status = _unmount(request.mountpoint)
     except UserError as error:
@@ -59,6 +62,8 @@ def run(request: MountRequest, command: Sequence[str]) -> int:
         )
     if signals.interrupted:
         raise KeyboardInterrupt(f"the command had ended already, with status {code}")
+    if code == 0 and not discarded_on_purpose and unread(status):
+        raise UserError(f"the command may have stored zeros: {unread(status)}", AGAIN, EXIT_RUN)
     return code
 
 

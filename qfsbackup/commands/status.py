@@ -57,10 +57,12 @@ def _mount_text(status: dict[str, Any]) -> str:
 
 
 def _disk_text(name: str, disk: dict[str, Any]) -> str:
+    unread = disk["discarded_unread"]
     return (
         f"  {name}: {human(disk['size'])}, data {human(disk['data'])}, dirty {human(disk['dirty'])}"
         f" ({disk['bitmap']}); read {human(disk['read_bytes'])}, over NBD {human(disk['nbd_bytes'])},"
         f" punched {human(disk['punched'])}, errors {disk['read_errors']}"
+        + (f"; {human(unread)} were discarded before anybody read them" if unread else "")
     )
 
 

@@ -6,6 +6,9 @@
     data        . . # # . . . . # . # .     what has to be read; the rest is zeros
     released    . . . . . . . . . . . #     what is given back without being a hole: reading it is EIO
 
+What is punched and was read by nobody is lost to the backup: whoever reads it now reads zeros. It is remembered, so
+that such a backup is not taken for a whole one.
+
 What is punched or released is never read again, not even by readahead, because QEMU refuses to read what was trimmed.
 QEMU trims whole clusters only (7.2 aborts on others), so a punch that completes a cluster begun by an earlier one trims
 both.
@@ -40,6 +43,7 @@ class FrozenDisk:
         self._figures = figures
         self._released = RangeSet()
         self._given_back = RangeSet()  # punched or released
+        self._unread = RangeSet()  # punched, and data that nobody had been answered by then
         self.punched = RangeSet()
         self.allocated = disk.data
         self.data = disk.data.copy()
@@ -47,6 +51,7 @@ class FrozenDisk:
         self.changed = disk.dirty.copy()  # dirty, and not punched since
         self.size = disk.size
         self.can_trim = disk.can_trim
+        figures.discarded_unread = self.discarded_unread
 
     @property
     def short_cut(self) -> ShortRead | None:
@@ -58,17 +63,18 @@ class FrozenDisk:
         end = offset + length
         if self._status.broken or self._released.overlaps(offset, end):
             return False
-        counted = partial(self._count, answer)
         if self.data.covers(offset, end):
-            return self._disk.read_soon(offset, length, counted)
+            return self._disk.read_soon(offset, length, partial(self._answer, offset, end, answer))
         if self.data.overlaps(offset, end):
             return False
-        counted(zeros(length))
+        self._figures.read_bytes += length
+        answer(zeros(length))
         return True
 
-    def _count(self, answer: Answer, content: Buffer | None) -> None:
+    def _answer(self, start: int, end: int, answer: Answer, content: Buffer | None) -> None:
         if content is not None:
-            self._figures.read_bytes += len(content)
+            self._figures.read_bytes += end - start
+            self._disk.seen.add(start, end)
         answer(content)
 
     async def read(self, offset: int, length: int, within: RangeSet | None = None) -> Buffer:
@@ -91,6 +97,8 @@ class FrozenDisk:
             self._figures.read_errors += 1
             raise
         self._figures.read_bytes += length
+        for piece in pieces:
+            self._disk.seen.add(*piece)
         return result
 
     def _check_readable(self, wanted: list[tuple[int, int]]) -> None:
@@ -118,11 +126,25 @@ class FrozenDisk:
         if start >= end:
             return
         self._disk.end_short_cut()
+        self._note_unread(start, end)
         self._figures.punched += (end - start) - self.punched.total_within(start, end)
         self.punched.add(start, end)
         self.data.remove(start, end)
         self.changed.remove(start, end)
         await self._give_back(start, end)
+
+    def _note_unread(self, start: int, end: int) -> None:
+        """Of what is about to be punched. What was released is an error to read, and never zeros."""
+        seen = self._disk.seen.ranges()
+        if not seen.covers(start, end):
+            lost = (RangeSet([(start, end)]) & self.data) - seen - self._released
+            self._unread = self._unread | lost
+
+    def discarded_unread(self) -> int:
+        """Bytes that were punched and that nobody has read since the mount. A read that was under way counts."""
+        if self._unread:
+            self._unread = self._unread - self._disk.seen.ranges()
+        return self._unread.total()
 
     async def release(self, start: int, end: int) -> None:
         """Make `[start, end)` unreadable for good, and give its whole clusters back where the server can do that.

@@ -11,13 +11,13 @@ file changes while it is read.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from qfsbackup.fs import maps
 from qfsbackup.fs.chunks import ChunkedDisk
-from qfsbackup.fs.control import ControlFile
+from qfsbackup.fs.control import Commit, ControlFile
 from qfsbackup.fs.delta import Delta
 from qfsbackup.fs.folder import Folder
 from qfsbackup.fs.frozen import FrozenDisk
@@ -51,7 +51,7 @@ class Look:
     number: int | None = None  # the VM's, like a disk's: part of the inodes of what belongs to no disk
     images: bool = True  # can all of a disk be read
     release: bool = False  # give chunks back once they were read
-    commit: Callable[[], Awaitable[None]] | None = None  # what the control file does; None: there is none
+    commit: Commit | None = None  # what the control file does; None: there is none
 
 
 class Tree(Folder):

@@ -21,6 +21,7 @@
 #define SLOTS 32      /* reads in flight */
 #define RECENT 64     /* ends of reads that are remembered */
 #define MOST_JOBS 32  /* of others, that are looked at */
+#define UNTOLD 256    /* answered reads that `told` has not been told of */
 
 typedef struct {
     int64_t cookie;
@@ -38,6 +39,7 @@ typedef struct {
     PyObject *blocked;           /* called where the socket did not take all of a request */
     PyObject *running, *waiting; /* a dict and a list: the jobs that go the ordinary way, with `start` and `end` */
     PyObject *advance;
+    PyObject *told;   /* takes what was answered, as bytes: start and end of each read */
     PyObject *status; /* `broken` is None as long as anything may be read */
     Py_buffer data;   /* borders as in ranges.py */
     unsigned long long size, unit, border;
@@ -45,6 +47,8 @@ typedef struct {
     Slot slot[SLOTS]; /* the first `in_flight` are in use */
     unsigned long long ends[RECENT];
     unsigned newest;
+    unsigned long long untold[UNTOLD][2];
+    int untold_reads;
     unsigned long long requests, asked, answered; /* counters; the latter two in bytes */
 } Lane;
 
@@ -196,6 +200,29 @@ static PyObject *lane_read(Lane *self, PyObject *const *arguments, Py_ssize_t co
     Py_RETURN_TRUE;
 }
 
+static void tell(Lane *self)
+{
+    Py_ssize_t size = self->untold_reads * (Py_ssize_t)sizeof self->untold[0];
+    PyObject *result;
+
+    self->untold_reads = 0;
+    if (!size || !self->told)
+        return;
+    result = PyObject_CallFunction(self->told, "y#", (char *)self->untold, size);
+    if (!result)
+        PyErr_WriteUnraisable(self->told);
+    Py_XDECREF(result);
+}
+
+/* Once the lane is closed somebody wants to know, so nothing is put off. */
+static void note_answered(Lane *self, unsigned long long start, unsigned long long end)
+{
+    self->untold[self->untold_reads][0] = start;
+    self->untold[self->untold_reads++][1] = end;
+    if (self->untold_reads == UNTOLD || self->closed)
+        tell(self);
+}
+
 /* Answers the read in a slot, which is then free. An answer that raises is reported and forgotten. */
 static void settle(Lane *self, int index, int has_come)
 {
@@ -208,6 +235,7 @@ static void settle(Lane *self, int index, int has_come)
     if (has_come) {
         content = PyMemoryView_FromMemory(slot.buffer + (slot.start - slot.first), slot.length, PyBUF_READ);
         self->answered += slot.length;
+        note_answered(self, slot.start, slot.start + slot.length);
     }
     result = content ? PyObject_CallFunctionObjArgs(slot.answer, slot.token, content, NULL) : NULL;
     if (!result)
@@ -263,16 +291,17 @@ static PyObject *lane_meets(Lane *self, PyObject *const *arguments, Py_ssize_t c
 static PyObject *lane_close(Lane *self, PyObject *unused)
 {
     self->closed = 1;
+    tell(self);
     Py_RETURN_NONE;
 }
 
 static int lane_init(Lane *self, PyObject *arguments, PyObject *unused)
 {
-    PyObject *owner, *blocked, *running, *waiting, *advance, *status, *data, *capsule;
+    PyObject *owner, *blocked, *running, *waiting, *advance, *status, *data, *told, *capsule;
     int i;
 
-    if (!PyArg_ParseTuple(arguments, "OOO!O!OOOKKK", &owner, &blocked, &PyDict_Type, &running, &PyList_Type, &waiting,
-                          &advance, &status, &data, &self->size, &self->unit, &self->border))
+    if (!PyArg_ParseTuple(arguments, "OOO!O!OOOOKKK", &owner, &blocked, &PyDict_Type, &running, &PyList_Type, &waiting,
+                          &advance, &status, &data, &told, &self->size, &self->unit, &self->border))
         return -1;
     if (!self->unit || !self->border || self->owner) {
         PyErr_SetString(PyExc_ValueError, "unit and border are more than 0, and a lane is made once");
@@ -290,6 +319,7 @@ static int lane_init(Lane *self, PyObject *arguments, PyObject *unused)
     self->waiting = Py_NewRef(waiting);
     self->advance = Py_NewRef(advance);
     self->status = Py_NewRef(status);
+    self->told = Py_NewRef(told);
     for (i = 0; i < RECENT; i++)
         self->ends[i] = (unsigned long long)-1;
     return 0;
@@ -305,6 +335,7 @@ static int lane_traverse(Lane *self, visitproc visit, void *arg)
     Py_VISIT(self->waiting);
     Py_VISIT(self->advance);
     Py_VISIT(self->status);
+    Py_VISIT(self->told);
     for (i = 0; i < self->in_flight; i++) {
         Py_VISIT(self->slot[i].answer);
         Py_VISIT(self->slot[i].token);
@@ -321,6 +352,7 @@ static int lane_clear(Lane *self)
     Py_CLEAR(self->waiting);
     Py_CLEAR(self->advance);
     Py_CLEAR(self->status);
+    Py_CLEAR(self->told);
     return 0;
 }
 
@@ -350,7 +382,7 @@ static PyMethodDef lane_methods[] = {
     {"receive", (PyCFunction)lane_receive, METH_NOARGS,
      "receive(): take the replies that are there; False where none is awaited, or the connection is dead."},
     {"meets", (PyCFunction)(void (*)(void))lane_meets, METH_FASTCALL, "meets(start, end): a read that is in flight?"},
-    {"close", (PyCFunction)lane_close, METH_NOARGS, "close(): take no more reads."},
+    {"close", (PyCFunction)lane_close, METH_NOARGS, "close(): take no more reads; `told` hears of all that were answered."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -364,7 +396,7 @@ static PyMemberDef lane_members[] = {
 
 static PyTypeObject lane_type = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "qfsbackup.nbd._lane.Lane",
-    .tp_doc = "Lane(handle, blocked, running, waiting, advance, status, data, size, unit, border)",
+    .tp_doc = "Lane(handle, blocked, running, waiting, advance, status, data, told, size, unit, border)",
     .tp_basicsize = sizeof(Lane),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
     .tp_new = PyType_GenericNew,

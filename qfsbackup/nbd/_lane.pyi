@@ -20,6 +20,7 @@ class Lane:
         advance: Callable[[], None],
         status: Any,
         data: array[int],
+        told: Callable[[bytes], None],
         size: int,
         unit: int,
         border: int,

@@ -32,6 +32,7 @@ from qfsbackup.nbd.handle import where
 from qfsbackup.nbd.pool import Pool, WithdrawnError, pool
 from qfsbackup.nbd.readahead import Block, Readahead
 from qfsbackup.ranges import RangeSet
+from qfsbackup.seen import Seen
 from qfsbackup.status import DiskStatus, Status
 
 ZEROS = memoryview(bytes(1 << 20))
@@ -61,6 +62,7 @@ class NbdDisk:
         self.data = data.aligned_outward(self._unit, self.size) if self._unit > 1 else data
         self.dirty = dirty
         self.can_trim = can_trim
+        self.seen = Seen()
         self._readahead = Readahead(connections, self.data, self._closed, self.size, budget)
 
     async def read(self, offset: int, length: int) -> bytes | bytearray | memoryview:
@@ -266,7 +268,7 @@ async def open_disk(
     async with connecting as opened:
         can_trim = export.can_trim and opened.facts.can_trim
         disk = NbdDisk(opened, data, dirty, can_trim, status, mount_status, budget)
-        opened.open_lane(disk.data, mount_status)
+        opened.open_lane(disk.data, disk.seen, mount_status)
         try:
             yield disk
         finally:

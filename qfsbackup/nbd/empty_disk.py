@@ -8,6 +8,7 @@ import errno
 from qfsbackup.errors import FsError
 from qfsbackup.model import Answer
 from qfsbackup.ranges import RangeSet
+from qfsbackup.seen import Seen
 
 
 class EmptyDisk:
@@ -20,6 +21,7 @@ class EmptyDisk:
     def __init__(self) -> None:
         self.data = RangeSet()
         self.dirty = RangeSet()
+        self.seen = Seen()
 
     def read_soon(self, offset: int, length: int, answer: Answer) -> bool:  # noqa: ARG002  # the signature is Disk's
         """Never."""

@@ -18,6 +18,7 @@ from qfsbackup.nbd.connection import Buffer, Connection, ConnectionLostError, co
 from qfsbackup.nbd.inflight import Done, InFlight, Job
 from qfsbackup.nbd.tasks import background
 from qfsbackup.ranges import RangeSet
+from qfsbackup.seen import Seen
 from qfsbackup.status import DiskStatus, Status
 
 log = logging.getLogger(__name__)
@@ -48,10 +49,10 @@ class Pool:
         self._connections.append(opened)
         self._in_flight.depth = DEPTH * len(self._connections)
 
-    def open_lane(self, data: RangeSet, mount: Status) -> None:
+    def open_lane(self, data: RangeSet, seen: Seen, mount: Status) -> None:
         """Let small reads of what is `data`, which never changes, go a shorter way, by a connection of their own.
 
-        There is none where reads have to pay, nor where there is but one connection.
+        What it answers is noted in `seen`. None is made where reads have to pay or there is but one connection.
         """
         if self._bandwidth or len(self._connections) < 2:
             return
@@ -59,7 +60,7 @@ class Pool:
         sizes = own.size, own.minimum, self.limit
         others = jobs.running, jobs.waiting, jobs.advance
         try:
-            self.lane = Lane(own.handle, own.send_later, *others, mount, data.borders, *sizes)
+            self.lane = Lane(own.handle, own.send_later, *others, mount, data.borders, seen.add_borders, *sizes)
         except (AttributeError, ValueError) as error:  # where it keeps its handle is libnbd's own affair
             log.warning("this libnbd does not let small random reads go the short way: %s", error)
             return

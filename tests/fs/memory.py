@@ -11,6 +11,7 @@ from qfsbackup.errors import FsError
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.model import Answer
 from qfsbackup.ranges import RangeSet
+from qfsbackup.seen import Seen
 from qfsbackup.status import DiskStatus, Status
 
 
@@ -23,6 +24,7 @@ class MemoryDisk:
         self.data = RangeSet([(0, self.size)]) if data is None else data
         self.dirty = RangeSet([(0, self.size)]) if dirty is None else dirty
         self.can_trim = True
+        self.seen = Seen()
         self.trimmed = RangeSet()
         self.trims: list[tuple[int, int]] = []
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -53,6 +54,64 @@ def test_reads_equal_the_disk_with_the_punched_ranges_zero(
 
     trio.run(play)
     assert all(start % CLUSTER == 0 and end % CLUSTER == 0 for start, end in disk.trims), "QEMU 7.2 aborts on these"
+
+
+@given(
+    data=ranges, steps=st.lists(st.tuples(st.sampled_from(["read", "punch", "release"]), offsets, lengths), max_size=12)
+)
+@settings(deadline=None)
+def test_unread_is_what_was_punched_and_neither_read_nor_released_before(
+    data: list[tuple[int, int]], steps: list[tuple[str, int, int]]
+) -> None:
+    disk, _ = make_disk(data)
+    view = frozen(disk)
+    fresh, lost = RangeSet(data), RangeSet()  # data that nobody has read, and what went of it
+
+    async def play() -> None:
+        for step, offset, length in steps:
+            end = min(offset + length, SIZE)
+            if step == "punch":
+                lost_now = fresh & RangeSet([(offset, end)])
+                for start, stop in lost_now:
+                    lost.add(start, stop)
+                await view.punch(offset, length)
+                fresh.remove(offset, end)
+            elif step == "release":
+                await view.release(offset, end)
+                fresh.remove(offset, end)
+            else:
+                with contextlib.suppress(FsError):
+                    await view.read(offset, end - offset)
+                    fresh.remove(offset, end)
+            assert view.discarded_unread() == lost.total()
+
+    trio.run(play)
+
+
+async def test_a_read_that_fails_in_part_or_shows_a_hole_there_has_read_nothing() -> None:
+    disk, _ = make_disk([(0, SIZE)])
+    disk.trimmed.add(3 * CLUSTER, 4 * CLUSTER)
+    view = frozen(disk)
+    view.data.remove(CLUSTER, 2 * CLUSTER)  # so that the read has two pieces
+    with pytest.raises(FsError):
+        await view.read(0, SIZE)
+    await view.read(0, CLUSTER, within=RangeSet([(512, 1024)]))  # as delta/ reads it
+    await view.punch(0, CLUSTER)
+    assert view.discarded_unread() == CLUSTER - 512
+
+
+async def test_a_read_that_was_under_way_when_its_range_was_punched_has_read_it() -> None:
+    disk, model = make_disk([(0, SIZE)])
+    view = frozen(disk)
+    async with trio.open_nursery() as nursery:
+
+        async def read() -> None:
+            assert bytes(await view.read(0, CLUSTER)) == model[:CLUSTER]
+
+        nursery.start_soon(read)
+        await trio.lowlevel.checkpoint()  # the read waits in its own
+        nursery.start_soon(view.punch, 0, 2 * CLUSTER)
+    assert view.discarded_unread() == CLUSTER
 
 
 @given(punches=st.lists(st.tuples(offsets, lengths), max_size=8))

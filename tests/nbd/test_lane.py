@@ -75,6 +75,23 @@ async def test_a_small_read_gives_the_bytes_and_is_counted(qemu: Qemu, tmp_path:
         assert counters.nbd_requests == 0
 
 
+async def test_what_was_answered_is_told_once_it_has_ended(qemu: Qemu, tmp_path: Path) -> None:
+    reads = [(start, start + 512) for start in range(0, 300 * 4096, 4096)]  # more than are told at once
+    async with served(qemu, tmp_path) as server, opened(server.uri, SIZE) as (disk, _):
+        for start, _end in reads:
+            assert await short(disk, start, 512) is not None
+        assert 0 < len(disk.seen.ranges()) < len(reads)
+        disk.end_short_cut()
+        assert list(disk.seen.ranges()) == reads
+    (tmp_path / "slow").mkdir()
+    async with slow(tmp_path / "slow") as (disk, _):
+        late = Read(disk, 8192, 4096)
+        disk.end_short_cut()
+        assert not disk.seen.ranges()
+        assert await late.answer() is not None
+        assert list(disk.seen.ranges()) == [(8192, 8192 + 4096)]
+
+
 async def test_what_is_no_small_random_read_of_data_is_refused(qemu: Qemu, tmp_path: Path) -> None:
     content = CONTENT[:MIB] + bytes(MIB) + CONTENT[2 * MIB :]
     async with served(qemu, tmp_path, content) as server, opened(server.uri, SIZE) as (disk, _):
@@ -174,7 +191,7 @@ async def test_a_minimum_block_is_honoured(tmp_path: Path) -> None:
 @in_fast_time
 async def test_a_libnbd_that_hides_its_handle_costs_the_short_way_and_nothing_else() -> None:
     async with fake_disk(CONTENT) as bed:
-        bed.pool.open_lane(bed.disk.data, bed.mount)
+        bed.pool.open_lane(bed.disk.data, bed.disk.seen, bed.mount)
         assert bed.disk.short_cut is None
         await read_right(bed.disk, 4096, 4096)
 

@@ -63,6 +63,7 @@ class Tree(Folder):
         """`chunked` by the disk's number."""
         super().__init__(Top.ROOT, time, entries, hidden={".qfsbackup": service})
         self._chunked = chunked
+        self.disks_size = sum(view.disk.size for view in chunked.values())
 
     def chunk(self, inode: int) -> File | None:
         """The chunk with this inode."""

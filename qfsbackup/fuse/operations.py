@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 PUNCH_HOLE = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE (linux/falloc.h)
 IOCTL_DONE = bytes(16)  # struct fuse_ioctl_out (linux/fuse.h): it returns 0
+BLOCK = 4096  # bytes
 FOREVER = 3600.0  # seconds that the kernel may keep what never changes
 
 P = ParamSpec("P")
@@ -216,8 +217,10 @@ class Operations(ReadOnly):
 
     @answered
     async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """As large as the disks, and full: what df shows of any read-only file system."""
         answer = pyfuse3.StatvfsData()
-        answer.f_bsize = answer.f_frsize = 4096
+        answer.f_bsize = answer.f_frsize = BLOCK
+        answer.f_blocks = -(-self._root.disks_size // BLOCK)
         answer.f_namemax = 255
         return answer
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import pyfuse3
@@ -18,3 +19,7 @@ class ReadOnly(pyfuse3.Operations):
 
     create = link = mkdir = mknod = rename = rmdir = symlink = unlink = _refuse
     setxattr = removexattr = _refuse
+
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
+        """There are none; getxattr is left unanswered, so that the kernel answers it without us."""
+        return []

@@ -14,7 +14,7 @@ import pytest
 from tests.fuse.serve import HOLE, INSTANT, KIB, MIB, SIZE, content
 from tests.fuse.support import PUNCH_HOLE, errno_of, fallocate, memory_mount, opened
 from tests.harness.files import data_extents
-from tests.harness.mount import Mount, aside
+from tests.harness.mount import Mount, aside, command
 
 CHANGES: dict[str, Callable[[Path], object]] = {
     "truncate": lambda top: os.truncate(top / "images/even.raw", 5),
@@ -57,6 +57,28 @@ async def test_whatever_would_change_the_tree_is_refused_and_changes_nothing(mou
         assert sorted((path, path.lstat()) for path in mount.path.rglob("*")) == before
 
     await aside(check)
+
+
+async def test_no_file_has_extended_attributes(mount: Mount) -> None:
+    def check() -> None:
+        for path in (mount.path, mount.path / "vm.json", mount.image("even")):
+            assert os.listxattr(path) == []
+
+    await aside(check)
+    copied = await command("cp", "--preserve=all", mount.path / "vm.json", mount.path.parent / "copy")
+    assert (copied.code, copied.stderr) == (0, "")
+
+
+async def test_the_mount_is_as_large_as_its_disks_and_full(mount: Mount) -> None:
+    def check() -> None:
+        size = sum(image.stat().st_size for image in (mount.path / "images").iterdir())
+        found = os.statvfs(mount.path)
+        assert 0 <= found.f_blocks * found.f_frsize - size < found.f_frsize
+        assert (found.f_bfree, found.f_bavail) == (0, 0)
+
+    await aside(check)
+    shown = await command("df", "--output=target,pcent", mount.path)
+    assert shown.stdout.split()[-2:] == [str(mount.path), "100%"]
 
 
 async def test_data_and_holes_are_found_from_every_place(mount: Mount) -> None:

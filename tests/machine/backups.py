@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
 
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
@@ -11,16 +16,34 @@ from hypothesis.stateful import precondition, rule
 from qfsbackup.errors import EXIT_MOUNT
 from tests.harness.mount import DONE, aside
 from tests.machine.base import TARGETS, Base
+from tests.machine.tools import Tools
+
+WHOLE, DIRTY = "access=full", "access=dirty"
+OPTIONS = st.sampled_from([WHOLE, WHOLE, WHOLE, DIRTY, "discard=release"])
+
+
+@contextlib.contextmanager
+def fifos(says: Path, hears: Path) -> Iterator[int]:
+    """Two FIFOs, and a descriptor that can be read once somebody writes into the first."""
+    for path in (says, hears):
+        os.mkfifo(path)
+    descriptor = os.open(says, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+        for path in (says, hears):
+            path.unlink()
 
 
 class Backups(Base):
     """Every mount shows each disk at its instant; what a whole run of a tool leaves is the disk."""
 
-    @rule(to=st.sampled_from([None, *TARGETS]))
-    @precondition(lambda self: self.world.on and not self.mounted)
-    def mount(self, to: str | None) -> None:
+    @rule(to=st.sampled_from([None, *TARGETS, *TARGETS]), option=OPTIONS)
+    @precondition(lambda self: not self.mounted)
+    def mount(self, to: str | None, option: str) -> None:
         with self.others_see_nothing():
-            command = self.try_mount(to)
+            command = self.try_mount(to, option)
         if command.ready:
             assert self.world.plugged
             assert not self.jobs
@@ -37,7 +60,8 @@ class Backups(Base):
         mounted = self.mounted
         assert {disk["name"] for disk in mounted.facts["disks"]} == mounted.truth.keys()
         for name, content in mounted.truth.items():
-            assert self.portal.call(aside, (self.mountpoint / f"images/{name}.raw").read_bytes) == content, name
+            if mounted.option != DIRTY:
+                assert self.portal.call(aside, (self.mountpoint / f"images/{name}.raw").read_bytes) == content, name
             self.delta_applies(name, content)
 
     def delta_applies(self, name: str, content: bytes) -> None:
@@ -60,17 +84,28 @@ class Backups(Base):
     @rule(last=st.sampled_from([None, None, None, 10, 40]))
     @precondition(lambda self: self.mounted and self.mounted.target and not self.mounted.gone)
     def take(self, last: int | None) -> None:
-        """The tools run, to the end or until somebody ends them."""
+        """The tools run, to the end or until somebody ends them.
+
+        With access=dirty they are refused what they would read for another reason than that it changed: they have
+        none yet, or have seen a mount that was not committed.
+        """
         assert self.mounted
         assert self.mounted.target
         tools = self.tools[self.mounted.target]
-        self.portal.call(aside, tools.take, self.mountpoint / "chunks", last)
-        self.mounted.whole |= last is None
+        try:
+            self.portal.call(aside, partial(tools.take, self.mountpoint / "chunks", last))
+        except OSError:
+            assert self.mounted.option == DIRTY
+            return
         if last is None:
-            for copy in tools.copies:
-                assert copy.disks().keys() == self.mounted.truth.keys()
-                for name, content in self.mounted.truth.items():
-                    assert copy.disks()[name] == content, f"{copy.rule.__name__}'s copy of {name} is wrong"
+            self.mounted.whole = True
+            self.copies_are_right(tools, self.mounted.truth)
+
+    def copies_are_right(self, tools: Tools, truth: Mapping[str, bytes]) -> None:
+        for copy in tools.copies:
+            assert copy.disks().keys() == truth.keys()
+            for name, content in truth.items():
+                assert copy.disks()[name] == content, f"{copy.rule.__name__}'s copy of {name} is wrong"
 
     @rule()
     @precondition(lambda self: self.mounted and self.mounted.whole)
@@ -92,17 +127,45 @@ class Backups(Base):
         self.end()
 
     @rule(to=st.sampled_from(TARGETS), committed=st.booleans())
-    @precondition(lambda self: self.world.on and not self.mounted and not self.jobs and self.world.plugged)
+    @precondition(lambda self: not self.jobs and self.world.plugged)
     def back_up(self, to: str, committed: bool) -> None:
         """All of it at once."""
-        self.mount(to)
+        if self.mounted:
+            self.end()
+        self.mount(to, WHOLE)
         self.take(None)
         if committed:
             self.commit()
         self.end()
 
+    @rule(to=st.sampled_from(TARGETS), code=st.sampled_from([0, 0, 1]))
+    @precondition(lambda self: not self.mounted and not self.jobs and self.world.plugged)
+    def run(self, to: str, code: int) -> None:
+        """The same by the command that does it; a tool that fails is not committed."""
+        truth = self.truth()
+        says, hears = self.folder / "says", self.folder / "hears"
+        script = f"echo > {says}; exit $(cat {hears})"
+        words = "run", self.world.socket, "-o", self.options(to), "--mountpoint", self.mountpoint
+        with fifos(says, hears) as said, self.others_see_nothing():
+            command = self.commands.start(*words, "--", "/bin/sh", "-c", script)
+            assert command.until(said), command.wait()
+            self.dead = False
+            self.portal.call(aside, partial(self.tools[to].take, self.mountpoint / "chunks"))
+            hears.write_text(f"{code}\n")
+            result = command.wait()
+        assert result.code == code, result
+        self.copies_are_right(self.tools[to], truth)
+        if code == 0:
+            self.bases[to].contents = [truth]
+        self.nothing_is_left(result.stderr)
+
+    @rule(seconds=st.sampled_from([-3600, -5, -1, 1, 60]))
+    def set_the_clock(self, seconds: int) -> None:
+        """Back or on; only the product's own clock."""
+        self.commands.clock += seconds
+
     @rule()
-    @precondition(lambda self: self.world.on and not self.mounted)
+    @precondition(lambda self: not self.mounted)
     def clean_up(self) -> None:
         if self.dead:
             subprocess.run(["umount", "-l", self.mountpoint], check=False, capture_output=True)
@@ -113,7 +176,7 @@ class Backups(Base):
         self.nothing_is_left(result.stderr)
 
     @rule(to=st.sampled_from(TARGETS))
-    @precondition(lambda self: self.world.on and not self.mounted and not self.dead)
+    @precondition(lambda self: not self.mounted and not self.dead)
     def forget(self, to: str) -> None:
         words = "checkpoints", self.world.socket, "-o", self.options(None)
         known = self.commands.run(*words)

@@ -33,6 +33,7 @@ class Mounted:
 
     command: Command
     target: str | None
+    option: str  # that was given besides
     truth: dict[str, bytes]  # each disk at the instant, by its name
     facts: dict[str, Any]  # vm.json
     bitmaps: set[str]  # the names of all that were ours before
@@ -99,10 +100,10 @@ class Base(RuleBasedStateMachine):
         """The content of each disk that the guest has, by its name."""
         return {self.world.name(slot): self.world.content(slot) for slot in self.world.plugged}
 
-    def options(self, target: str | None, *more: str) -> str:
+    def options(self, target: str | None, option: str = "") -> str:
         """What stands behind -o."""
         place = [f"state={self.folder / 'state'}", f"fleece={self.folder}", "vm=web1", f"chunk={CHUNK}"]
-        return ",".join([*place, *more, *([f"target={target}"] if target else [])])
+        return ",".join(word for word in [*place, option, f"target={target}" if target else ""] if word)
 
     def load(self, path: str) -> Any:
         """A JSON file of the mount."""
@@ -127,13 +128,13 @@ class Base(RuleBasedStateMachine):
 
     # ---- the mount's life ----
 
-    def try_mount(self, target: str | None, *more: str) -> Command:
+    def try_mount(self, target: str | None, option: str = "") -> Command:
         """Mount; a mount that is ready is `mounted`."""
         truth, bitmaps = self.truth(), self.bitmaps()
-        command = self.commands.mount(self.world.socket, self.mountpoint, "-o", self.options(target, *more))
+        command = self.commands.mount(self.world.socket, self.mountpoint, "-o", self.options(target, option))
         if command.ready:
             self.dead = False
-            self.mounted = Mounted(command, target, truth, self.load("vm.json"), bitmaps)
+            self.mounted = Mounted(command, target, option, truth, self.load("vm.json"), bitmaps)
         return command
 
     def bitmaps(self) -> set[str]:

@@ -45,7 +45,7 @@ class Commands:
             notify.bind(address)
             environment = {"NOTIFY_SOCKET": f"@{address[1:]}"}
             command = self.start("mount", "--foreground", "-v", *words, environment=environment)
-            command.ready = command.until(notify) and notify.recv(256).startswith(b"READY=1")
+            command.ready = command.until(notify.fileno()) and notify.recv(256).startswith(b"READY=1")
         return command
 
     def code(self, pid: int) -> int:
@@ -70,11 +70,11 @@ class Command:
     err: Path
     ready: bool = False
 
-    def until(self, other: socket.socket | None) -> bool:
-        """Wait until the command has ended, or there is something on a socket (True)."""
+    def until(self, other: int | None) -> bool:
+        """Wait until the command has ended, or there is something to be read from a descriptor (True)."""
         descriptor = os.pidfd_open(self.pid)
         try:
-            watched = [descriptor, other.fileno()] if other else [descriptor]
+            watched = [descriptor, other] if other else [descriptor]
             found, _, _ = select.select(watched, [], [], TIMEOUT)
         finally:
             os.close(descriptor)

@@ -47,7 +47,7 @@ class Kills(Backups):
     """Who is left puts the VM back; where nobody is, the next mount or `cleanup` does."""
 
     @rule(to=st.sampled_from([None, *TARGETS]), victim=VICTIMS, number=st.integers(0, 25))
-    @precondition(lambda self: self.world.on and not self.mounted and not self.jobs and self.world.plugged)
+    @precondition(lambda self: not self.mounted and not self.jobs and self.world.plugged)
     def kill_while_mounting(self, to: str | None, victim: Victim, number: int) -> None:
         with self.others_see_nothing(dead=victim == "both"), self.trap(victim, number) as trap:
             command = self.try_mount(to)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, Phase, seed, settings
@@ -18,7 +18,9 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.harness.qemu import Qemu
 from tests.machine.commands import serving
+from tests.machine.jobs import Jobs
 from tests.machine.kills import Kills
+from tests.machine.plugs import Plugs
 from tests.machine.portal import open_portal
 from tests.machine.power import Power
 from tests.machine.world import Flavour
@@ -36,7 +38,7 @@ SETTINGS = settings(
 )
 
 
-class Machine(Kills, Writes, Power):
+class Machine(Kills, Writes, Power, Plugs, Jobs):
     """All rules."""
 
 
@@ -53,7 +55,8 @@ def seeds() -> list[int]:
 def test_no_backup_is_silently_wrong(qemu: Qemu, tmp_path_factory: pytest.TempPathFactory, flavour: Flavour) -> None:
     end = time.monotonic() + float(os.environ.get("MACHINE", SHARE))
     with open_portal() as portal, serving(tmp_path_factory.mktemp("machine") / "commands") as commands:
-        facts = {"qemu": qemu, "flavour": flavour, "portal": portal, "commands": commands}
+        facts: dict[str, Any] = {"qemu": qemu, "flavour": flavour, "portal": portal, "commands": commands}
+        facts |= dict.fromkeys(os.environ.get("WITHOUT", "snapshot,overlay_offline").split(","))
         for number in seeds():
             print(f"MACHINE_SEED={number}")
             run_state_machine_as_test(seed(number)(type("Machine", (Machine,), facts)), settings=SETTINGS)

@@ -21,7 +21,7 @@ class Writes(Base):
         units=st.sampled_from([1, 1, 2, 16, 17, 64]),
         kind=st.sampled_from(COMMANDS),
     )
-    @precondition(lambda self: self.world.on and self.world.plugged)
+    @precondition(lambda self: self.world.plugged)
     def write(self, number: int, where: float, units: int, kind: str) -> None:
         slot = self.slot(number)
         assert slot
@@ -31,7 +31,7 @@ class Writes(Base):
         self.world.io(slot, f"{kind.format(pattern=self.world.number() % 251 + 1)} {start} {length}")
 
     @rule(number=st.integers(0, 1), chunks=st.integers(4, 48))
-    @precondition(lambda self: self.world.on and self.world.plugged)
+    @precondition(lambda self: self.world.plugged)
     def resize(self, number: int, chunks: int) -> None:
         """QEMU refuses it where a job runs. A cut ends with a chunk, for a smaller one leaves no trace.
 

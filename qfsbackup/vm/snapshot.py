@@ -103,6 +103,8 @@ async def take(
         for number in writable:
             await stack.enter_async_context(node(qmp, _access(number)))
         await stack.enter_async_context(nbd_server(qmp, listener))
+        for number in writable:
+            await qmp.execute("block-export-add", _size_lock(number))
         for number, disk in enumerate(disks):
             await qmp.execute("block-export-add", _export(number, disk, checkpoints.get(disk.name)))
         served = tuple(
@@ -194,6 +196,16 @@ def _access(number: int) -> Mapping[str, object]:
         "file": f"{FILTER}{number}",
         "discard": "unmap",  # or a trim over NBD would do nothing
     }
+
+
+def _size_lock(number: int) -> Mapping[str, object]:
+    """An export of the filter that nobody reads: while it is there QEMU refuses to resize the disk.
+
+    The filter's own bitmaps would shrink with the disk, and the next read of the snapshot would abort QEMU: assertion
+    start + count <= hb->orig_size in hbitmap_status (seen with 7.2.22 and 10.0.2).
+    """
+    name = f"{PREFIX}size-{number}"
+    return {"type": "nbd", "id": name, "name": name, "node-name": f"{FILTER}{number}", "writable": False}
 
 
 def _export(number: int, disk: Disk, checkpoint: Checkpoint | None) -> Mapping[str, object]:

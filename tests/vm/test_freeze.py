@@ -45,7 +45,7 @@ async def test_the_guest_is_frozen_at_the_instant_and_thawed_after_it(guest_vm: 
 
     source = make_source(guest_vm, tmp_path, agent=guest_vm.agent, freeze="require", socket=tmp_path / "proxy")
     async with running_proxy(guest_vm.qmp, source.socket, look), source.snapshot() as snapshot:
-        assert frozen_then == [("qom-set", True)] * 2 + [("block-export-add", False)] * 2
+        assert frozen_then == [("qom-set", True)] * 2 + [("block-export-add", False)] * 4
         assert snapshot.frozen
         assert snapshot.pause_ms == 0  # several disks share an instant without a stop
         assert await status(guest_vm) == "thawed"

@@ -226,14 +226,6 @@ async def test_a_snapshot_taken_below_the_filter_stays(paused_vm: Vm, tmp_path: 
     await guest_io(paused_vm, "vda", "read -P 0x55 0 64k")
 
 
-async def test_a_resized_disk_keeps_its_new_size(paused_vm: Vm, tmp_path: Path) -> None:
-    async with make_source(paused_vm, tmp_path).snapshot() as snapshot:
-        await paused_vm.monitor.execute("block_resize", {"node-name": "qfsbackup-filter-0", "size": 32 * MIB})
-        assert snapshot.exports[0].size == 16 * MIB
-        assert await copied(snapshot.exports[0], tmp_path / "copy") == bytes(16 * MIB)
-    assert dict((await held(paused_vm))["sizes"])["vda-node"] == 32 * MIB
-
-
 async def test_cancelling_undoes_everything(paused_vm: Vm, tmp_path: Path) -> None:
     before = await held(paused_vm)
     with trio.CancelScope() as scope:

@@ -138,6 +138,12 @@ class Backups(Base):
             self.commit()
         self.end()
 
+    @rule(to=st.sampled_from(TARGETS))
+    @precondition(lambda self: not self.jobs and self.world.plugged)
+    def back_up_and_commit(self, to: str) -> None:
+        """The same; rules are drawn with equal chances, and this one matters most."""
+        self.back_up(to, committed=True)
+
     @rule(to=st.sampled_from(TARGETS), code=st.sampled_from([0, 0, 1]))
     @precondition(lambda self: not self.mounted and not self.jobs and self.world.plugged)
     def run(self, to: str, code: int) -> None:

@@ -167,7 +167,8 @@ class Base(RuleBasedStateMachine):
             assert self.bitmaps() <= mounted.bitmaps
         elif not mounted.disturbed:
             assert mounted.target
-            roots = {self.root(slot) for slot in self.world.plugged}
+            reused = {disk["name"] for disk in mounted.facts["disks"] if disk["bitmap"] == "reuse"}
+            roots = {self.root(slot) for slot in self.world.plugged if self.world.name(slot) in reused}
             found = checkpoints(self.world, mounted.target, writable=True)
             stale = {name for root in roots for name in found.get(root, set()) & mounted.bitmaps}
             assert not stale, f"not the last commit's, and still there: {stale}"

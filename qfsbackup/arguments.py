@@ -25,7 +25,10 @@ options, comma separated after -o:
                    elsewhere costs no copying
   discard=release  give a chunk back once it was read whole
   chunk=N          size of the pieces under chunks/
-  state=DIR        where chains are kept (default /var/lib/qfsbackup)
+  state=DIR        where chains are kept (default /var/lib/qfsbackup; another
+                   must exist)
+  bitmaps=transient  nothing is stored in the images: QEMU's restart costs a
+                   full backup, and its snapshots can be gone back to then
   disks=A:B        only these disks, by name
   exclude=A:B      all but these
   fleece=DIR       where old data goes that the guest overwrites
@@ -60,6 +63,8 @@ mount had.
 """
 
 CHECKPOINTS_HELP = """\
+Of a VM that is off, name an image instead: what is in it is shown and deleted.
+
 options, comma separated after -o:
   state=DIR        where chains are kept (default /var/lib/qfsbackup)
   vm=NAME          the VM's name, where the mount had this option
@@ -156,7 +161,9 @@ def _looking_parsers(commands: argparse._SubParsersAction[Parser]) -> None:
     status.add_argument("--json", action="store_true", help="for programs; the README documents the shape")
     points = _command(commands, "checkpoints", "what each target has committed of a VM", CHECKPOINTS_HELP)
     _source(points)
+    points.usage = "qfsbackup checkpoints SOURCE|IMAGE.qcow2 [-o OPTIONS] [--delete TARGET [--others]] [-v]"
     points.add_argument("--delete", metavar="TARGET", help="forget a target: its next backup is a full one")
+    points.add_argument("--others", action="store_true", help="also what another state folder or VM made for TARGET")
 
 
 def _restore_parser(commands: argparse._SubParsersAction[Parser]) -> None:

@@ -12,9 +12,8 @@ threads, for its folder may hang: then nothing more is asked of it, and nothing 
 from __future__ import annotations
 
 import logging
-import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -24,9 +23,9 @@ import trio
 
 from qfsbackup.errors import EXIT_SYSTEM, FsError, UserError
 from qfsbackup.fs.grid import Grid, plan
-from qfsbackup.model import Base, CheckpointRequest, Disk, Snapshot
+from qfsbackup.model import CheckpointRequest, Disk, Known, Snapshot
 from qfsbackup.patience import NoAnswerError, in_time
-from qfsbackup.state.store import DiskState, Store, open_store
+from qfsbackup.state.store import DiskState, Store, committed_generations, new_generation, open_store
 from qfsbackup.status import Status
 
 log = logging.getLogger(__name__)
@@ -47,13 +46,15 @@ class Numbers(NamedTuple):
 class Chain:
     """The chain of `target`. Only `open_chain` makes one."""
 
-    def __init__(self, target: str, folder: Path, chunk: int | None) -> None:
+    def __init__(self, target: str, folder: Path, chunk: int | None, *, in_image: bool) -> None:
         self._target = target
         self._folder = folder
+        self._in_image = in_image
         self._chunk = chunk
         self._stack = ExitStack()
         self._store: Store | None = None
         self._is_silent = False  # has the store been asked, and not answered
+        self._id = ""  # the store's
         self._generations: dict[str, str] = {}
         self._next: dict[str, DiskState] = {}
         self._committing = trio.Lock()
@@ -62,15 +63,17 @@ class Chain:
     @property
     def request(self) -> CheckpointRequest:
         """What the source is asked for."""
-        return CheckpointRequest(self._target, self._generation, self._bases)
+        return CheckpointRequest(self._target, self._known, self._in_image)
 
     def _generation(self, disk: str) -> str:
         """Each disk has one of its own, so that its bitmap is found on no other disk, whatever the disks are called."""
-        return self._generations.setdefault(disk, secrets.token_hex(8))
+        return self._generations.setdefault(disk, new_generation(self._id))
 
-    async def _bases(self, uuid: str | None, name: str) -> Mapping[str, Base]:
-        self._store = await self._ask(partial(self._open, uuid, name))
-        return await self._ask(partial(self._store.bases, self._target))
+    async def _known(self, uuid: str | None, name: str) -> Known:
+        self._store = store = await self._ask(partial(self._open, uuid, name))
+        self._id = await self._ask(store.id)
+        committed, bases = await self._ask(store.generations), await self._ask(partial(store.bases, self._target))
+        return Known(self._id, committed, bases, self._generation)
 
     def _open(self, uuid: str | None, name: str) -> Store:
         store = self._stack.enter_context(open_store(self._folder, uuid, name))
@@ -80,24 +83,17 @@ class Chain:
     async def _ask(self, call: Callable[[], T], *, grace: float = 0.0) -> T:
         """What a call of the store returns. Raises UserError, also where it does not answer."""
         if self._is_silent:
-            raise self._silence()
+            raise _silence(self._folder)
         self._is_silent = True
         try:
             result = await in_time(call, STORE_TIMEOUT, grace=grace)
         except NoAnswerError:
-            raise self._silence() from None
+            raise _silence(self._folder) from None
         except UserError:
             self._is_silent = False
             raise
         self._is_silent = False
         return result
-
-    def _silence(self) -> UserError:
-        return UserError(
-            f"the state folder {self._folder} does not answer",
-            "See whether its file system hangs, or name another: -o state=DIR",
-            EXIT_SYSTEM,
-        )
 
     async def close(self) -> None:
         """Let the store go, unless a call is still at it; then it goes with the process."""
@@ -143,7 +139,7 @@ class Chain:
             grids[export.disk] = grid
             if export.generation:
                 self._next[export.disk] = DiskState(
-                    export.generation, snapshot.instant, export.size, grid.chunk, grid.times
+                    export.generation, snapshot.instant, export.size, export.content, grid.chunk, grid.times
                 )
         return grids
 
@@ -184,10 +180,28 @@ def _ticks() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
+def _silence(folder: Path) -> UserError:
+    return UserError(
+        f"the state folder {folder} does not answer",
+        "See whether its file system hangs, or name another: -o state=DIR",
+        EXIT_SYSTEM,
+    )
+
+
+async def committed(folder: Path, name: str) -> Collection[str]:
+    """All generations that are committed of the VMs of this name. Raises UserError."""
+    try:
+        return await in_time(partial(committed_generations, folder, name), STORE_TIMEOUT)
+    except NoAnswerError:
+        raise _silence(folder) from None
+
+
 @asynccontextmanager
-async def open_chain(target: str, folder: Path, chunk: int | None) -> AsyncIterator[Chain]:
-    """The chain of `target`, kept in `folder`; `chunk` is the chunk size that was asked for. Raises UserError."""
-    chain = Chain(target, folder, chunk)
+async def open_chain(target: str, folder: Path, chunk: int | None, *, in_image: bool) -> AsyncIterator[Chain]:
+    """The chain of `target`, kept in `folder`; `chunk` is the chunk size that was asked for, `in_image` says whether
+    bitmaps may be stored in the disks' images. Raises UserError.
+    """
+    chain = Chain(target, folder, chunk, in_image=in_image)
     try:
         yield chain
     finally:

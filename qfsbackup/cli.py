@@ -84,7 +84,7 @@ def _commit(arguments: argparse.Namespace, _level: int) -> int:
 def _checkpoints(arguments: argparse.Namespace, _level: int) -> int:
     source = _absolute(arguments.source)
     if arguments.delete:
-        output(*delete_checkpoint(source, arguments.options, arguments.delete))
+        output(*delete_checkpoint(source, arguments.options, arguments.delete, others=arguments.others))
     else:
         output(*list_checkpoints(source, arguments.options))
     return 0

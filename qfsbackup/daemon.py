@@ -17,7 +17,7 @@ from pathlib import Path
 
 import trio
 
-from qfsbackup.chain import Chain, open_chain
+from qfsbackup.chain import Chain, committed, open_chain
 from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_SYSTEM, EXIT_UNRESTORED, UserError
 from qfsbackup.fuse.mount import check_mountpoint, mounted
 from qfsbackup.fuse.operations import Owner
@@ -118,7 +118,8 @@ async def _serve(
 async def _chain(options: Options, stack: AsyncExitStack) -> Chain | None:
     if options.target is None:
         return None
-    return await stack.enter_async_context(open_chain(options.target, options.state, options.chunk))
+    in_image = options.bitmaps == "persistent"
+    return await stack.enter_async_context(open_chain(options.target, options.state, options.chunk, in_image=in_image))
 
 
 def _find_source(source: str, runtime: Path, options: Options, status: Status, chain: Chain | None) -> Source:
@@ -145,6 +146,7 @@ def _find_source(source: str, runtime: Path, options: Options, status: Status, c
         exclude=options.exclude,
         vm=options.vm,
         checkpoint=chain.request if chain else None,
+        committed=partial(committed, options.state),
     )
 
 

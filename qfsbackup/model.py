@@ -8,7 +8,7 @@ Sizes and offsets are bytes. Times are integers: nanoseconds since the epoch, UT
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -49,6 +49,8 @@ class Export:
     bitmap_reason: str = ""  # why, where the status is `new` or `invalid`
     generation: str | None = None  # what the disk's new bitmap starts; None: no target, or nothing of it is recorded
     base: str | None = None  # the generation that the dirty extents start from; None: everything is dirty
+    transient: str = ""  # why the new bitmap ends with QEMU; empty: the image holds it, or there is none
+    content: str = ""  # what the source calls the disk's content; another one makes the next backup a full one
     details: Mapping[str, object] = field(default_factory=dict)  # what vm.json adds to the disk's entry
 
 
@@ -58,6 +60,17 @@ class Base:
 
     generation: str  # names the bitmap that has recorded since: `qfsbackup-<target>-<generation>`
     size: int  # of the disk at that time
+    content: str = ""  # as Export has it
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the state store knows of a target of a VM."""
+
+    store: str  # the store's id: what its generations begin with
+    committed: Collection[str]  # all generations that it names, of this and of other targets
+    bases: Mapping[str, Base]  # disk's name -> its base
+    generation: Callable[[str], str]  # disk's name -> its new generation: no other disk or mount ever has the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +78,8 @@ class CheckpointRequest:
     """Asks a source to start a new generation of each disk of `target` at the snapshot's instant."""
 
     target: str
-    generation: Callable[[str], str]  # disk's name -> its new generation: no other disk or mount ever has the same
-    bases: Callable[[str | None, str], Awaitable[Mapping[str, Base]]]  # (uuid, VM's name) -> disk's name -> its base
+    known: Callable[[str | None, str], Awaitable[Known]]  # (uuid, VM's name) -> what is known of the target
+    in_image: bool = True  # may the new bitmaps be stored in the disks' images
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +109,7 @@ class Committed:
     size: int
     dirty: int | None  # bytes changed since; None: not known, so the next backup is a full one
     reason: str  # why it is not known
+    shifting: bool = False  # is the disk named by its place, so that another one may get the name
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,12 @@ from qfsbackup.errors import EXIT_USAGE, UserError
 from qfsbackup.fs.grid import is_chunk_size
 from qfsbackup.model import CLUSTER
 from qfsbackup.sources.uri import is_nbd_uri
+from qfsbackup.state.files import FOLDER
 
 Freeze = Literal["auto", "require", "off"]
 Access = Literal["full", "dirty"]
 Discard = Literal["off", "release"]
+Bitmaps = Literal["persistent", "transient"]
 
 # What mount(8), fstab(5) and systemd.mount(5) put there for themselves.
 MOUNT_OWN = re.compile(
@@ -49,7 +51,8 @@ class Options:
     vm: str | None = None
     bitmap: str | None = None  # NBD sources: the dirty bitmap that is the map
     target: str | None = None  # the backup destination whose chain this mount continues
-    state: Path = Path("/var/lib/qfsbackup")  # where chains are kept
+    state: Path = FOLDER  # where chains are kept
+    bitmaps: Bitmaps = "persistent"
     chunk: int | None = None  # bytes
     access: Access = "full"
     discard: Discard = "off"
@@ -159,6 +162,7 @@ PARSERS: dict[str, Callable[[str], object]] = {
     "bitmap": _text,
     "target": _target,
     "state": _path,
+    "bitmaps": _one_of(*get_args(Bitmaps)),
     "chunk": _chunk,
     "access": _one_of(*get_args(Access)),
     "discard": _one_of(*get_args(Discard)),

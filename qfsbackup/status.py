@@ -36,6 +36,7 @@ class DiskStatus:
     bitmap_reason: str = ""
     generation: str | None = None
     base: str | None = None
+    transient: str = ""
     nbd_bytes: int = 0  # read from the NBD server, readahead included
     nbd_requests: int = 0  # a count
     read_bytes: int = 0  # answered to readers, zeros included
@@ -111,6 +112,7 @@ def _disk_dict(disk: DiskStatus) -> dict[str, object]:
         "bitmap_reason": disk.bitmap_reason,
         "generation": disk.generation,
         "base": disk.base,
+        "bitmap_transient": disk.transient,
         "nbd_bytes": disk.nbd_bytes + (more.asked if more else 0),
         "nbd_requests": disk.nbd_requests + (more.requests if more else 0),
         "read_bytes": disk.read_bytes + (more.answered if more else 0),

@@ -4,23 +4,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from qfsbackup import interruptible
 from qfsbackup.errors import EXIT_USAGE, UserError
-from qfsbackup.model import Committed
+from qfsbackup.model import Base, Committed
 from qfsbackup.options import Options
 from qfsbackup.runtime import sweep
 from qfsbackup.sources.qemu import qmp_path, vm_name
 from qfsbackup.sources.uri import is_nbd_uri
-from qfsbackup.state.store import DiskState, Store, open_store
-from qfsbackup.vm.bitmaps import bitmap_name, count, remove_leftovers, unusable
+from qfsbackup.state.store import DiskState, Store, find_store
+from qfsbackup.vm.bitmaps import bitmap_name, count, problem
 from qfsbackup.vm.cleanup import cleanup
+from qfsbackup.vm.content import content_of
 from qfsbackup.vm.graph import Disk, Machine, look
+from qfsbackup.vm.leftovers import FOREIGN, bitmaps_of, remove_all, remove_leftovers, remove_marked
+from qfsbackup.vm.names import shifts
 from qfsbackup.vm.qmp import Qmp, QmpError, connect
 
 log = logging.getLogger(__name__)
@@ -31,21 +34,24 @@ T = TypeVar("T")
 def clean_up(source: str, options: Options) -> list[str]:
     """Undo what a dead mount left behind: in the VM, and its runtime folder. What was undone, a line each.
 
-    Of bitmaps only those go that belong to a target the state store knows (or `target=`), but to no committed
-    generation. Raises UserError.
+    Of bitmaps only those go that the state store made, or that a dead mount's marks name, and that are not committed.
+    Raises UserError.
     """
     sweep()
     return [] if is_nbd_uri(source) else _with_vm(source, partial(_clean_up, options))
 
 
-def committed(source: str, options: Options) -> list[Committed]:
-    """All that targets have committed of the VM. Raises UserError."""
+def committed(source: str, options: Options) -> tuple[list[Committed], list[str]]:
+    """All that targets have committed of the VM, and a line for each other bitmap of ours in it. Raises UserError."""
     return _with_vm(source, partial(_committed, options))
 
 
-def forget(source: str, options: Options, target: str) -> list[str]:
-    """Delete a target's checkpoints from the store and from the VM. What was removed, a line each. Raises UserError."""
-    return _with_vm(source, partial(_forget, options, target))
+def forget(source: str, options: Options, target: str, *, others: bool) -> list[str]:
+    """Delete a target's checkpoints from the store and from the VM. What was removed, a line each. Raises UserError.
+
+    `others`: also the bitmaps of a target of this name that another store made.
+    """
+    return _with_vm(source, partial(_forget, options, target, others))
 
 
 def _with_vm(source: str, work: Callable[[Path, Qmp], Awaitable[T]]) -> T:
@@ -62,49 +68,69 @@ def _with_vm(source: str, work: Callable[[Path, Qmp], Awaitable[T]]) -> T:
         raise UserError(f"the VM cannot be asked: {error}", "See whether QEMU runs and answers.") from None
 
 
-@contextmanager
-def _store(options: Options, path: Path, machine: Machine) -> Iterator[Store]:
-    with open_store(options.state, machine.uuid, vm_name(options.vm, machine, path)) as store:
-        yield store
+def _store(options: Options, path: Path, machine: Machine) -> AbstractContextManager[Store | None]:
+    return find_store(options.state, machine.uuid, vm_name(options.vm, machine, path))
 
 
 async def _clean_up(options: Options, path: Path, qmp: Qmp) -> list[str]:
     done = await cleanup(qmp, options.agent)
     with _store(options, path, await look(qmp)) as store:
-        known: Mapping[str, Mapping[str, DiskState]] = store.targets()
-        if options.target:
-            known = {options.target: {}, **known}
-        for target, disks in known.items():
-            done += await remove_leftovers(qmp, target, {state.generation for state in disks.values()})
+        generations = store.generations() if store else set()
+
+        async def committed() -> Collection[str]:
+            return generations
+
+        found = [await remove_marked(qmp, committed)]
+        if store:
+            found.append(await remove_leftovers(qmp, store.id(), generations))
+    for outcome in found:
+        done += [*outcome.removed, *(f"left alone: {line}" for line in outcome.left)]
     return done
 
 
-async def _committed(options: Options, path: Path, qmp: Qmp) -> list[Committed]:
+async def _committed(options: Options, path: Path, qmp: Qmp) -> tuple[list[Committed], list[str]]:
     machine = await look(qmp)
     disks = {disk.name: disk for disk in machine.disks}
     with _store(options, path, machine) as store:
-        return [
-            _describe(target, name, state, disks.get(name))
-            for target, states in store.targets().items()
+        found = [
+            _describe(machine, target, name, state, disks.get(name))
+            for target, states in (store.targets() if store else {}).items()
             for name, state in states.items()
         ]
+        return found, _others(machine, store)
 
 
-def _describe(target: str, name: str, state: DiskState, disk: Disk | None) -> Committed:
+def _others(machine: Machine, store: Store | None) -> list[str]:
+    known = store.generations() if store else set()
+    return [
+        f"{bitmap.target}  {bitmap}: {'of no use' if store and bitmap.generation.startswith(store.id()) else FOREIGN}"
+        for bitmap in bitmaps_of(machine.nodes.values())
+        if bitmap.generation not in known
+    ]
+
+
+def _describe(machine: Machine, target: str, name: str, state: DiskState, disk: Disk | None) -> Committed:
     dirty, reason = None, "the VM has no such disk now"
     if disk and disk.chain:
-        bitmap = bitmap_name(target, state.generation)
-        reason = unusable(disk.format, bitmap)
-        dirty = None if reason else count(disk.format, bitmap)
-    return Committed(target, name, state.generation, state.instant, state.size, dirty, reason)
+        base = Base(state.generation, state.size, state.content)
+        reason = problem(disk, target, base, content_of(machine.nodes, disk.format))
+        dirty = None if reason else count(disk.format, bitmap_name(target, state.generation))
+    return Committed(target, name, state.generation, state.instant, state.size, dirty, reason, shifts(name))
 
 
-async def _forget(options: Options, target: str, path: Path, qmp: Qmp) -> list[str]:
+async def _forget(options: Options, target: str, others: bool, path: Path, qmp: Qmp) -> list[str]:
     with _store(options, path, await look(qmp)) as store:
-        if target not in store.targets():
-            known = ", ".join(store.targets()) or "none"
-            raise UserError(f"no target {target} has committed a backup of this VM", f"Targets: {known}.", EXIT_USAGE)
-        with store.lock(target):
-            store.delete(target)
-            removed = await remove_leftovers(qmp, target, ())
-    return [f"forgot target {target}: its next backup is a full one", *removed]
+        known = store.targets() if store else {}
+        if target not in known and not others:
+            raise UserError(
+                f"no target {target} has committed a backup of this VM",
+                f"Targets: {', '.join(known) or 'none'}. Bitmaps that another state folder made: --others",
+                EXIT_USAGE,
+            )
+        with store.lock(target) if store else nullcontext():
+            if store:
+                store.delete(target)
+            own = "" if others or not store else store.id()
+            outcome = await remove_all(qmp, lambda one: one.target == target and one.generation.startswith(own))
+    left = [f"left alone: {line}" for line in outcome.left]
+    return [f"forgot target {target}: its next backup is a full one", *outcome.removed, *left]

@@ -116,3 +116,4 @@ def _note(status: Status, snapshot: Snapshot, options: Options) -> None:
         status.disks[export.disk].bitmap_reason = export.bitmap_reason
         status.disks[export.disk].generation = export.generation
         status.disks[export.disk].base = export.base
+        status.disks[export.disk].transient = export.transient

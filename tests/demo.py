@@ -34,7 +34,7 @@ async def command(words: Sequence[str | Path], environment: dict[str, str]) -> N
 
 
 async def back_up(vm: Vm, directory: Path, environment: dict[str, str]) -> None:
-    options = f"target=demo,state={directory / 'state'},agent={vm.agent},vm=demo"
+    options = f"target=demo,state={directory},agent={vm.agent},vm=demo"
     run: list[str | Path] = [QFSBACKUP, "run", vm.qmp, "-o", options, "--"]
     await command([*run, "restic", "backup", "chunks", "config", "vm.json"], environment)
 

@@ -157,6 +157,7 @@ def _describe(export: Export, grid: Grid | None, images: bool) -> dict[str, obje
         "bitmap_reason": export.bitmap_reason,
         "generation": export.generation,
         "base": export.base,
+        "bitmap_transient": export.transient,
         **export.details,
     }
 

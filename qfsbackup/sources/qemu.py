@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,17 +15,20 @@ from urllib.parse import quote
 import trio
 
 from qfsbackup.errors import EXIT_USAGE, UserError
-from qfsbackup.model import CLUSTER, Base, CheckpointRequest, Export, Snapshot
+from qfsbackup.model import CLUSTER, CheckpointRequest, Export, Known, Snapshot
 from qfsbackup.sources.uri import SCHEMES
 from qfsbackup.status import DiskStatus, Status
-from qfsbackup.vm.bitmaps import MAP, Checkpoint, plan, remove_leftovers
+from qfsbackup.vm.checkpoints import report, starting_points
 from qfsbackup.vm.cleanup import cleanup
 from qfsbackup.vm.config import config_files
+from qfsbackup.vm.content import content_of
 from qfsbackup.vm.fleecing import free_space
 from qfsbackup.vm.freeze import Freeze
-from qfsbackup.vm.graph import Disk, Machine, look
+from qfsbackup.vm.graph import Machine, look
+from qfsbackup.vm.leftovers import remove_leftovers, remove_marked
 from qfsbackup.vm.presence import listens
 from qfsbackup.vm.qmp import Qmp, QmpError, connect
+from qfsbackup.vm.recording import MAP
 from qfsbackup.vm.selection import choose, left_out, refuse_disks, refuse_machine
 from qfsbackup.vm.snapshot import Served, Taken, take
 
@@ -49,6 +52,7 @@ class QemuSource:
     exclude: Collection[str] = ()
     vm: str | None = None  # what to call the VM, instead of what QEMU calls it
     checkpoint: CheckpointRequest | None = None  # the target whose next generation this is
+    committed: Callable[[str], Awaitable[Collection[str]]] | None = None  # VM's name -> generations that a store names
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Snapshot]:
@@ -79,6 +83,7 @@ class QemuSource:
                 async with connect(self.socket, on_gone=log.debug) as qmp:
                     for undone in await cleanup(qmp, self.agent):
                         log.warning("after the connection to QEMU was lost: %s", undone)
+                    await self._remove_marked(qmp, await look(qmp))
                 self.status.unrestored = False
             except (UserError, QmpError) as error:
                 log.debug("nothing can be undone: %s", error)
@@ -88,16 +93,19 @@ class QemuSource:
             log.warning("left by an earlier snapshot: %s", undone)
         machine = await look(qmp)
         refuse_machine(machine)
-        bases = await self._bases(qmp, machine)
+        await self._remove_marked(qmp, machine)
+        known = await self._known(qmp, machine)
         machine = await look(qmp)
         chosen = choose(machine, self.disks, self.exclude)
         refuse_disks(machine, chosen)
         config = await config_files(qmp)
+        target = self.checkpoint.target if self.checkpoint else None
         taking = take(
             qmp,
             machine,
             chosen,
-            checkpoints=self._checkpoints(chosen, bases),
+            checkpoints=await starting_points(qmp, machine, chosen, target, known, str(self.socket)),
+            in_image=self.checkpoint is None or self.checkpoint.in_image,
             fleece=self.fleece,
             socket_path=self.runtime / NBD_SOCKET,
             freeze=Freeze(self.freeze, self.agent),
@@ -106,25 +114,17 @@ class QemuSource:
         self._count(taken)
         return self._facts(machine, taken, config)
 
-    async def _bases(self, qmp: Qmp, machine: Machine) -> Mapping[str, Base]:
-        """Where each disk's backup starts, by its name; bitmaps of the target that are no base are removed."""
-        if self.checkpoint is None:
-            return {}
-        bases = await self.checkpoint.bases(machine.uuid, vm_name(self.vm, machine, self.socket))
-        generations = {base.generation for base in bases.values()}
-        for removed in await remove_leftovers(qmp, self.checkpoint.target, generations):
-            log.warning("left by a backup that was not committed: %s", removed)
-        return bases
+    async def _remove_marked(self, qmp: Qmp, machine: Machine) -> None:
+        if self.committed:
+            report(await remove_marked(qmp, partial(self.committed, vm_name(self.vm, machine, self.socket))))
 
-    def _checkpoints(self, disks: Sequence[Disk], bases: Mapping[str, Base]) -> Mapping[str, Checkpoint]:
-        request = self.checkpoint
-        if request is None:
-            return {}
-        return {
-            disk.name: plan(disk, request.target, request.generation(disk.name), bases)
-            for disk in disks
-            if not disk.root.read_only
-        }
+    async def _known(self, qmp: Qmp, machine: Machine) -> Known | None:
+        """What is known of the target, if there is one; bitmaps of it that are no base are removed."""
+        if self.checkpoint is None:
+            return None
+        known = await self.checkpoint.known(machine.uuid, vm_name(self.vm, machine, self.socket))
+        report(await remove_leftovers(qmp, known.store, known.committed))
+        return known
 
     def _gone(self, reason: str) -> None:
         self.status.vm_gone = reason
@@ -146,7 +146,7 @@ class QemuSource:
             vm=vm_name(self.vm, machine, self.socket),
             uuid=machine.uuid,
             instant=taken.instant,
-            exports=tuple(self._export(served) for served in taken.served),
+            exports=tuple(self._export(machine, served) for served in taken.served),
             frozen=taken.frozen,
             pause_ms=taken.pause_ms,
             details={"qemu": ".".join(map(str, machine.version)), "disks_left_out": left},
@@ -154,7 +154,7 @@ class QemuSource:
             keep=taken.keep if self.checkpoint else None,
         )
 
-    def _export(self, served: Served) -> Export:
+    def _export(self, machine: Machine, served: Served) -> Export:
         disk, point = served.disk, served.checkpoint
         return Export(
             disk=disk.name,
@@ -170,6 +170,8 @@ class QemuSource:
             bitmap_reason=point.reason if point else "",
             generation=point.generation if point else None,
             base=point.base if point else None,
+            transient=served.transient or "",
+            content=content_of(machine.nodes, disk.format),
             details={
                 "interface": disk.kind,
                 "format": disk.format.driver,

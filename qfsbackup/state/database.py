@@ -20,7 +20,8 @@ SECOND = 10**9  # nanoseconds
 BUSY_TIMEOUT = 30.0  # seconds to wait for another mount's transaction
 
 APPLICATION = 0x71667362  # "qfsb", SQLite's application_id
-FORMAT = 1  # SQLite's user_version
+FORMAT = 2  # SQLite's user_version
+ID_BYTES = 3  # of a store's random id, in which all of its generations begin
 FIRST_NUMBERS = 1 << 22  # with room to count on, an inode still fits into 63 bits
 
 EVERY_TARGET = ""  # no target has this name
@@ -28,10 +29,11 @@ EVERY_TARGET = ""  # no target has this name
 SCHEMA = (
     "CREATE TABLE disk (number INTEGER PRIMARY KEY AUTOINCREMENT, uuid TEXT NOT NULL, name TEXT NOT NULL, "
     "UNIQUE (uuid, name))",
+    "CREATE TABLE store (id TEXT NOT NULL)",
     "CREATE TABLE shown (target TEXT PRIMARY KEY, time INTEGER NOT NULL)",
     "CREATE TABLE base (target TEXT NOT NULL, disk INTEGER NOT NULL REFERENCES disk, generation TEXT NOT NULL, "
-    "instant INTEGER NOT NULL, size INTEGER NOT NULL, chunk INTEGER NOT NULL, times BLOB NOT NULL, "
-    "digest BLOB NOT NULL, PRIMARY KEY (target, disk))",
+    "instant INTEGER NOT NULL, size INTEGER NOT NULL, content TEXT NOT NULL, chunk INTEGER NOT NULL, "
+    "times BLOB NOT NULL, digest BLOB NOT NULL, PRIMARY KEY (target, disk))",
 )
 
 # Stores of the first version get it when they are opened: nothing is known of how their mounts ended.
@@ -95,6 +97,7 @@ def _create(database: sqlite3.Connection) -> None:
         for statement in SCHEMA:
             database.execute(statement)
         database.execute("INSERT INTO sqlite_sequence VALUES ('disk', ?)", (secrets.randbelow(FIRST_NUMBERS),))
+        database.execute("INSERT INTO store VALUES (?)", (secrets.token_hex(ID_BYTES),))
         database.execute(f"PRAGMA application_id = {APPLICATION}")
         database.execute(f"PRAGMA user_version = {FORMAT}")
 

@@ -26,6 +26,7 @@ from qfsbackup.errors import EXIT_SYSTEM, UserError
 
 log = logging.getLogger(__name__)
 
+FOLDER = Path("/var/lib/qfsbackup")  # where states are kept unless somebody says otherwise
 JOURNALS = ("", "-journal", "-wal", "-shm")  # a hot journal left behind would be played into the next store
 READABLE = 40  # characters of a name that its file's name repeats
 
@@ -46,10 +47,25 @@ def _digest(text: str) -> str:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder where it is missing, for us alone. Raises UserError where it cannot be had or trusted."""
+    """Make the usual folder where it is missing, for us alone. Raises UserError where it cannot be had or trusted."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder == FOLDER:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    check_folder(folder)
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError where the folder is not there, or somebody else could change what is in it."""
+    try:
         found = folder.stat()
+    except FileNotFoundError:
+        raise UserError(
+            f"the state folder {folder} does not exist; in a new one every chain begins anew",
+            f"If that is meant: mkdir -m 700 -p {folder}",
+            EXIT_SYSTEM,
+        ) from None
     except OSError as error:
         raise _unusable(folder, error) from None
     user = os.geteuid()

@@ -28,6 +28,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import secrets
 import sqlite3
 from array import array
 from collections.abc import Iterator, Mapping
@@ -37,12 +38,11 @@ from pathlib import Path
 
 from qfsbackup.errors import UserError
 from qfsbackup.model import Base
-from qfsbackup.state.database import EVERY_TARGET, SECOND, failed, open_database, show, transaction
-from qfsbackup.state.files import lock_path, locked, prepare_folder, store_path
+from qfsbackup.state.database import EVERY_TARGET, ID_BYTES, SECOND, failed, open_database, show, transaction
+from qfsbackup.state.files import FOLDER, check_folder, lock_path, locked, prepare_folder, store_path
 
 log = logging.getLogger(__name__)
 
-FOLDER = Path("/var/lib/qfsbackup")
 EARLIER = 5  # seconds before the instant
 NO_DISK = "null"  # no name looks so: names are JSON strings, in quotes
 
@@ -54,6 +54,7 @@ class DiskState:
     generation: str
     instant: int
     size: int
+    content: str  # as model.Export has it
     chunk: int
     times: array[int]  # of each chunk; type code "q"
 
@@ -92,7 +93,18 @@ class Store:
 
     def bases(self, target: str) -> dict[str, Base]:
         """Where each disk's next incremental backup starts, by the disk's name."""
-        return {name: Base(disk.generation, disk.size) for name, disk in self.disks(target).items()}
+        return {name: Base(disk.generation, disk.size, disk.content) for name, disk in self.disks(target).items()}
+
+    def id(self) -> str:
+        """What all generations of this store begin with; another store has another one."""
+        with self._transaction():
+            found: str = self._database.execute("SELECT id FROM store").fetchone()[0]
+        return found
+
+    def generations(self) -> set[str]:
+        """All that is committed, of every target and of every VM of this name."""
+        with self._transaction():
+            return {row[0] for row in self._database.execute("SELECT generation FROM base")}
 
     def disks(self, target: str) -> dict[str, DiskState]:
         """What was committed last, by the disk's name."""
@@ -102,7 +114,7 @@ class Store:
         """All that was committed: target -> disk's name -> its state. Damaged entries are left out."""
         found: dict[str, dict[str, DiskState]] = {}
         query = (
-            "SELECT target, name, disk, generation, instant, size, chunk, times, digest "
+            "SELECT target, name, disk, generation, instant, size, content, chunk, times, digest "
             "FROM base JOIN disk ON disk = number WHERE uuid = ? ORDER BY target, number"
         )
         with self._transaction():
@@ -111,8 +123,8 @@ class Store:
             if _digest(target, *entry) != digest:
                 log.warning("%s: an entry of target %s is damaged; that disk's next backup is full", self._path, target)
                 continue
-            _, generation, instant, size, chunk, times = entry
-            state = DiskState(generation, instant, size, chunk, array("q", times))
+            _, generation, instant, size, content, chunk, times = entry
+            state = DiskState(generation, instant, size, content, chunk, array("q", times))
             found.setdefault(json.loads(target), {})[json.loads(name)] = state
         return found
 
@@ -159,12 +171,12 @@ class Store:
         """From now on these disks' next backups start here; the target's other disks stay as they are."""
         rows = [self._row(target, name, disk) for name, disk in disks.items()]
         with self._transaction():
-            self._database.executemany("INSERT OR REPLACE INTO base VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            self._database.executemany("INSERT OR REPLACE INTO base VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def _row(self, target: str, name: str, disk: DiskState) -> tuple[object, ...]:
         entry = (
             _as_text(target), self.disk_number(name),
-            disk.generation, disk.instant, disk.size, disk.chunk, disk.times.tobytes(),
+            disk.generation, disk.instant, disk.size, disk.content, disk.chunk, disk.times.tobytes(),
         )  # fmt: skip
         return (*entry, _digest(*entry))
 
@@ -184,8 +196,22 @@ class Store:
 
 
 @contextmanager
+def find_store(folder: Path, uuid: str | None, name: str) -> Iterator[Store | None]:
+    """The same, but nothing is made; None where there is none."""
+    if folder != FOLDER or folder.exists():
+        check_folder(folder)
+    if not store_path(folder, name).exists():
+        yield None
+        return
+    with open_store(folder, uuid, name) as store:
+        yield store
+
+
+@contextmanager
 def open_store(folder: Path, uuid: str | None, name: str) -> Iterator[Store]:
     """The state of the VM with this identity, made where there is none; nobody else can read it.
+
+    The folder is made only where it is the usual one: what is misspelt must not begin a chain of its own.
 
     A store that is damaged, or of a newer version, is set aside and a new one begun: the next backups are full ones.
     Raises UserError where nothing can be kept in `folder`.
@@ -196,6 +222,17 @@ def open_store(folder: Path, uuid: str | None, name: str) -> Iterator[Store]:
         database = open_database(path)
     with closing(database):
         yield Store(database, path, uuid or "")
+
+
+def new_generation(store: str) -> str:
+    """The id of a backup of one disk, made by the store with this id: nobody ever has the same."""
+    return store + secrets.token_hex(8 - ID_BYTES)
+
+
+def committed_generations(folder: Path, name: str) -> set[str]:
+    """What is committed of all VMs of this name. Raises UserError."""
+    with find_store(folder, None, name) as store:
+        return store.generations() if store else set()
 
 
 def _as_text(name: str) -> str:

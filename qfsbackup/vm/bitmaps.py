@@ -1,38 +1,27 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Checkpoints in QEMU: dirty bitmaps on the nodes that the guest writes to, two for each target during a backup.
-
-    ---- base records ----------------------------------+------------------------> removed by keep()
-                                 instant: new is added  |---- new records -------> removed by leaving, without keep()
-                                 base copied to the map '--> exported, on a node of ours
+"""Checkpoints in QEMU: dirty bitmaps on the nodes that the guest writes to, and what each is worth as a base.
 
 Bitmap `qfsbackup-<target>-<generation>` holds every write since that generation's instant, whatever dies meanwhile.
 Beside it, `...-<generation>.low` tells what was cut off since (see low_water). Which generation counts is for the state
-store to say; a bitmap of this target that it does not name is a leftover. The map is a copy on our own node, because a
-resize of the guest's disk aborts QEMU while a bitmap of its node is exported.
+store to say; a bitmap of ours that it does not name is a leftover (see leftovers).
 """
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from qfsbackup.model import CLUSTER, Base, BitmapStatus
-from qfsbackup.vm.graph import Disk, Node, look_at_nodes
-from qfsbackup.vm.low_water import add_all_set, low_water, marking
-from qfsbackup.vm.node import undoing
+from qfsbackup.vm.content import difference
+from qfsbackup.vm.graph import Disk, Node
+from qfsbackup.vm.low_water import low_water
 from qfsbackup.vm.owner import PREFIX
-from qfsbackup.vm.qmp import Qmp, QmpRefusedError
 
-log = logging.getLogger(__name__)
-
-MAP = f"{PREFIX}map"
+NOTHING = "no backup of this disk was committed to the target yet"
 GRANULARITY = CLUSTER  # bytes; finer ones cost memory and save nothing, for copy-before-write has this unit too
-GENERATION = r"[0-9a-f]{16}"
-PERSISTENT = frozenset(["qcow2"])  # raw: "Can't store persistent bitmaps" (QEMU 7.2, 10.0)
+NAME = re.compile(rf"{PREFIX}(?P<target>.+)-(?P<generation>[0-9a-f]{{16}})(?:\.low)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +34,7 @@ class Checkpoint:
     status: BitmapStatus
     reason: str
     low_water: int = 0  # bytes: from here on the base says nothing, for the disk was cut off or has grown
+    recorded: bool = True  # False: no bitmap could hold every write from now on
 
     @property
     def new(self) -> str:
@@ -57,13 +47,6 @@ class Checkpoint:
         return bitmap_name(self.target, self.base or "")
 
 
-@dataclass(slots=True)
-class Kept:
-    """Whether the new bitmaps stay."""
-
-    kept: bool = field(default=False)
-
-
 def bitmap_name(target: str, generation: str) -> str:
     """The name of the bitmap of a generation."""
     return f"{PREFIX}{target}-{generation}"
@@ -74,19 +57,30 @@ def low_name(name: str) -> str:
     return f"{name}.low"
 
 
-def plan(disk: Disk, target: str, generation: str, bases: Mapping[str, Base]) -> Checkpoint:
-    """How the disk's backup starts from what the state store knows of the target: each disk's base, by its name."""
+def plan(
+    disk: Disk, target: str, generation: str, bases: Mapping[str, Base], content: str = "", shared: str = ""
+) -> Checkpoint:
+    """How the disk's backup starts from what the state store knows of the target: each disk's base, by its name.
+
+    `content` is what content_of says of the disk now, `shared` why others may write to it.
+    """
     base = bases.get(disk.name)
-    if base is None:
-        reason = f"no backup of this disk was committed to the target yet{_moved(disk, target, bases)}"
-        return Checkpoint(target, generation, None, "new", reason)
+    why = shared or (problem(disk, target, base, content) if base else NOTHING)
+    if base is not None and not why:
+        low = low_water(find(disk.format, low_name(bitmap_name(target, base.generation))), base.size)
+        return Checkpoint(target, generation, base.generation, "reuse", "", low or 0)
+    moved = "" if shared else _moved(disk, target, bases)
+    return Checkpoint(target, generation, None, "invalid" if base else "new", why + moved, recorded=not shared)
+
+
+def problem(disk: Disk, target: str, base: Base, content: str) -> str:
+    """Why the disk's changes since the base are not known; empty where they are."""
     name = bitmap_name(target, base.generation)
-    problem = unusable(disk.format, name)
-    if problem:
-        reason = f"the bitmap {name} {problem}{_moved(disk, target, bases)}"
-        return Checkpoint(target, generation, None, "invalid", reason)
-    low = low_water(find(disk.format, low_name(name)), base.size)
-    return Checkpoint(target, generation, base.generation, "reuse", "", low or 0)
+    why = unusable(disk.format, name)
+    if why:
+        return f"the bitmap {name} {why}"
+    bitmap = find(disk.format, name) or {}
+    return difference(base.content, content, stored_in_image=bool(bitmap.get("persistent")))
 
 
 def _moved(disk: Disk, target: str, bases: Mapping[str, Base]) -> str:
@@ -126,106 +120,3 @@ def unusable(node: Node, name: str) -> str:
     if low_water(find(node, low_name(name)), 0) is None:
         return "has lost its companion, which tells of resizes"
     return ""
-
-
-def of_target(nodes: Collection[Node], target: str) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Every bitmap of a target: node, generation, what QEMU says of it."""
-    pattern = re.compile(rf"{re.escape(PREFIX + target)}-({GENERATION})(?:\.low)?")
-    return [
-        (node.name, match[1], bitmap)
-        for node in nodes
-        for bitmap in node.bitmaps
-        if (match := pattern.fullmatch(bitmap.get("name", "")))
-    ]
-
-
-async def remove_leftovers(qmp: Qmp, target: str, committed: Collection[str]) -> list[str]:
-    """Remove the target's bitmaps of generations that are not in `committed`; returns what was removed.
-
-    Inconsistent ones go too: nothing else works with them, and while they are there the disk cannot be resized.
-    """
-    removed = []
-    for node, generation, bitmap in of_target((await look_at_nodes(qmp)).values(), target):
-        if generation not in committed or bitmap.get("inconsistent"):
-            await qmp.execute("block-dirty-bitmap-remove", {"node": node, "name": bitmap["name"]})
-            removed.append(f"removed the bitmap {bitmap['name']} of {node}")
-    return removed
-
-
-@asynccontextmanager
-async def low_water_marks(qmp: Qmp, checkpoints: Sequence[tuple[Disk, Checkpoint]], state: Kept) -> AsyncIterator[None]:
-    """What tells how small each disk was from now on; at the end they go, unless `state` says that they stay."""
-    try:
-        for size in sorted({disk.format.size for disk, _ in checkpoints}):
-            async with marking(qmp, size) as source:
-                actions = [
-                    action
-                    for disk, checkpoint in checkpoints
-                    if disk.format.size == size
-                    for action in add_all_set(
-                        disk.format.name, low_name(checkpoint.new), GRANULARITY, _persistent(disk), source
-                    )
-                ]
-                await qmp.execute("transaction", {"actions": actions})
-        yield
-    finally:
-        if not state.kept:
-            await _remove(qmp, [(disk.format.name, low_name(checkpoint.new)) for disk, checkpoint in checkpoints])
-
-
-async def record(qmp: Qmp, checkpoints: Sequence[tuple[Disk, Checkpoint]]) -> None:
-    """The new bitmaps, from now on. Raises QmpError."""
-    actions = [
-        {
-            "type": "block-dirty-bitmap-add",
-            "data": {
-                "node": disk.format.name,
-                "name": checkpoint.new,
-                "granularity": GRANULARITY,
-                "persistent": _persistent(disk),
-            },
-        }
-        for disk, checkpoint in checkpoints
-    ]
-    if actions:
-        await qmp.execute("transaction", {"actions": actions})
-
-
-async def drop_unkept(qmp: Qmp, checkpoints: Sequence[tuple[Disk, Checkpoint]], state: Kept) -> None:
-    """Undo `record`, unless `state` says that the new bitmaps stay."""
-    if not state.kept:
-        await _remove(qmp, [(disk.format.name, checkpoint.new) for disk, checkpoint in checkpoints])
-
-
-async def copy_maps(qmp: Qmp, maps: Sequence[tuple[str, Disk, Checkpoint]]) -> None:
-    """Copy each base into a bitmap of the node named first, in one transaction. Raises QmpError."""
-    actions: list[Mapping[str, object]] = []
-    for node, disk, checkpoint in maps:
-        new = {"node": node, "name": MAP, "granularity": GRANULARITY, "disabled": True}
-        source = {"node": disk.format.name, "name": checkpoint.old}
-        actions.append({"type": "block-dirty-bitmap-add", "data": new})
-        actions.append({"type": "block-dirty-bitmap-merge", "data": {"node": node, "target": MAP, "bitmaps": [source]}})
-    if actions:
-        await qmp.execute("transaction", {"actions": actions})
-
-
-async def keep(qmp: Qmp, state: Kept, checkpoints: Sequence[tuple[Disk, Checkpoint]]) -> None:
-    """The new bitmaps stay, the bases go. The state store must name the new generations already."""
-    state.kept = True
-    bases = [(disk.format.name, point.old) for disk, point in checkpoints if point.base]
-    await _remove(qmp, [(node, name) for node, base in bases for name in (base, low_name(base))])
-
-
-def _persistent(disk: Disk) -> bool:
-    return disk.format.driver in PERSISTENT
-
-
-async def _remove(qmp: Qmp, bitmaps: Sequence[tuple[str, str]]) -> None:
-    for node, name in bitmaps:
-        with undoing(f"remove the bitmap {name} of {node}"):
-            try:
-                await qmp.execute("block-dirty-bitmap-remove", {"node": node, "name": name})
-            except QmpRefusedError:
-                found = (await look_at_nodes(qmp)).get(node)
-                if found is not None and find(found, name):
-                    raise

@@ -18,7 +18,7 @@ from qfsbackup.vm.freeze import thaw_leftover
 from qfsbackup.vm.graph import look_at_nodes
 from qfsbackup.vm.low_water import LOW_WATER
 from qfsbackup.vm.node import remove_node, take_out
-from qfsbackup.vm.owner import OWNER, PREFIX, living_owner
+from qfsbackup.vm.owner import NEW, OWNER, PREFIX, living_owner
 from qfsbackup.vm.pause import STOPPED, resume, running
 from qfsbackup.vm.qmp import Qmp
 from qfsbackup.vm.server import stop_server
@@ -57,7 +57,8 @@ async def cleanup(qmp: Qmp, agent: Path | None = None) -> list[str]:
 
 
 async def _ours(qmp: Qmp) -> list[str]:
-    return sorted(name for name in await look_at_nodes(qmp) if name.startswith(PREFIX))
+    """But for the marks of bitmaps: what becomes of these is for the state store to say (see leftovers)."""
+    return sorted(name for name in await look_at_nodes(qmp) if name.startswith(PREFIX) and not name.startswith(NEW))
 
 
 async def _free_guest(qmp: Qmp, ours: Sequence[str], agent: Path | None) -> list[str]:

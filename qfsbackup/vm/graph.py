@@ -36,6 +36,7 @@ class Node:
     filename: str
     children: Mapping[str, str]
     bitmaps: tuple[Mapping[str, Any], ...]
+    snapshots: tuple[str, ...] = ()  # names of the internal snapshots
     jobs: tuple[str, ...] = ()  # the block jobs at work on it: directly, or on a filter that stands on it
 
 
@@ -117,6 +118,7 @@ async def look_at_nodes(qmp: Qmp) -> Mapping[str, Node]:
             filename=node["file"],
             children=graph.children.get(node["node-name"], {}),
             bitmaps=tuple(node.get("dirty-bitmaps", ())),
+            snapshots=tuple(snapshot["name"] for snapshot in node["image"].get("snapshots", ())),
         )
         for node in await qmp.execute("query-named-block-nodes", {"flat": True})
     }
@@ -189,7 +191,7 @@ async def _disk(qmp: Qmp, name: str, block: Mapping[str, Any], nodes: Sequence[N
     return Disk(
         name=name,
         qdev=path,
-        kind=await _property(qmp, path, "type") or "",
+        kind=await device_property(qmp, path, "type") or "",
         removable=block["removable"],
         iothread=await _in_iothread(qmp, path),
         chain=tuple(nodes),
@@ -199,16 +201,16 @@ async def _disk(qmp: Qmp, name: str, block: Mapping[str, Any], nodes: Sequence[N
 
 async def _in_iothread(qmp: Qmp, path: str) -> bool:
     """A virtio-blk device has an iothread itself, a SCSI disk has its controller's."""
-    bus = await _property(qmp, path, "parent_bus") or ""
+    bus = await device_property(qmp, path, "parent_bus") or ""
     for owner in (path, bus.rpartition("/")[0]):
         for name in ("iothread", "iothread-vq-mapping"):
-            if owner and await _property(qmp, owner, name):
+            if owner and await device_property(qmp, owner, name):
                 return True
     return False
 
 
-async def _property(qmp: Qmp, path: str, name: str) -> Any:
-    """A property of a device, None where it has none of that name."""
+async def device_property(qmp: Qmp, path: str, name: str) -> Any:
+    """A property of a device, None where it has none of that name. Raises QmpError."""
     try:
         return await qmp.execute("qom-get", {"path": path, "property": name})
     except QmpRefusedError:

@@ -7,11 +7,14 @@ Names that QEMU generates (`#block123`) are never used.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 PERIPHERAL = "/machine/peripheral/"  # where QEMU keeps the devices that a person gave an id (QOM)
+# What QEMU calls a `-drive` without id=: interface, bus and number (drive_new in QEMU's blockdev.c).
+AUTOMATIC = re.compile(r"(?:ide|scsi)\d+-(?:hd|cd)\d+|(?:virtio|pflash|sd|mtd|floppy|xen|none)\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,11 @@ def disk_names(places: Sequence[Place]) -> list[str]:
                 names[i] = name
         taken |= rivals.keys()
     return [name or _position(place) for name, place in zip(names, places, strict=True)]
+
+
+def shifts(name: str) -> bool:
+    """May another disk get this name when the VM's command line changes: is it QEMU's own, or a place?"""
+    return "/" in name or AUTOMATIC.fullmatch(name) is not None
 
 
 def _candidates(place: Place) -> tuple[str, str, str]:

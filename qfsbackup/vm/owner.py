@@ -17,6 +17,7 @@ from qfsbackup.vm.qmp import Qmp
 
 PREFIX = "qfsbackup-"
 OWNER = PREFIX + "by-"  # + process id and its start time, hexadecimal: at most 31 characters, as QEMU wants it
+NEW = PREFIX + "new-"  # + a generation: its bitmaps are not committed yet (see leftovers)
 
 
 @asynccontextmanager

@@ -24,7 +24,7 @@ import trio
 
 from qfsbackup.errors import UserError
 from qfsbackup.model import CLUSTER
-from qfsbackup.vm.bitmaps import MAP, Checkpoint, Kept, copy_maps, drop_unkept, keep, low_water_marks, record
+from qfsbackup.vm.bitmaps import Checkpoint
 from qfsbackup.vm.fleecing import FleecingFile, check_space, fleecing_file
 from qfsbackup.vm.freeze import Freeze, Frozen, frozen
 from qfsbackup.vm.graph import Disk, Machine
@@ -32,6 +32,7 @@ from qfsbackup.vm.node import node, put_in, take_out
 from qfsbackup.vm.owner import PREFIX, mark, owner_name
 from qfsbackup.vm.pause import Pause, running, stopped
 from qfsbackup.vm.qmp import Qmp
+from qfsbackup.vm.recording import MAP, Kept, Started, copy_maps, keep, recording, restart
 from qfsbackup.vm.second_look import Filtered, look_after, look_at_device, look_before
 from qfsbackup.vm.server import listening_socket, nbd_server
 
@@ -55,6 +56,7 @@ class Served:
     checkpoint: Checkpoint | None  # None where no target was named, and for a read-only disk
     request_unit: int | None  # bytes; a request must not cross a multiple of it, or its answer may be wrong
     allocation: bool  # may block status be asked for
+    transient: str | None  # why the new bitmap ends with QEMU; empty: the image holds it; None: there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +77,15 @@ async def take(
     disks: Sequence[Disk],
     *,
     checkpoints: Mapping[str, Checkpoint],
+    in_image: bool,
     fleece: Path,
     socket_path: Path,
     freeze: Freeze,
 ) -> AsyncIterator[Taken]:
     """Take a snapshot of `disks` and serve it on the unix socket `socket_path`; undo all of it at the end.
 
-    `checkpoints`, by the disk's name, are started at the instant. Raises UserError and QmpError; the VM is then as it
-    was.
+    `checkpoints`, by the disk's name, are started at the instant; `in_image`: bitmaps are stored in the images that can
+    hold them. Raises UserError and QmpError; the VM is then as it was.
     """
     writable = {number: disk for number, disk in enumerate(disks) if not disk.root.read_only}
     check_space(fleece, len(writable))
@@ -94,11 +97,10 @@ async def take(
             file = fleecing_file(qmp, fleece, f"{FLEECING}{number}", disk.root.size)
             files[number] = await stack.enter_async_context(file)
             await stack.enter_async_context(node(qmp, _filter(machine, number, disk)))
-        started = [(disk, checkpoints[disk.name]) for disk in writable.values() if disk.name in checkpoints]
-        kept = Kept()
-        await stack.enter_async_context(low_water_marks(qmp, started, kept))
-        filtered = {n: Filtered(disk, f"{FILTER}{n}", checkpoints.get(disk.name)) for n, disk in writable.items()}
-        stack.push_async_callback(drop_unkept, qmp, started, kept)
+        points = {name: point for name, point in checkpoints.items() if point.recorded}
+        filtered = {n: Filtered(disk, f"{FILTER}{n}", points.get(disk.name)) for n, disk in writable.items()}
+        started, kept = [(disk, points[disk.name]) for disk in writable.values() if disk.name in points], Kept()
+        transient = await stack.enter_async_context(recording(qmp, started, kept, in_image=in_image))
         moment = await _instant(qmp, filtered, started, freeze, stack)
         for number in writable:
             await stack.enter_async_context(node(qmp, _access(number)))
@@ -108,7 +110,7 @@ async def take(
         for number, disk in enumerate(disks):
             await qmp.execute("block-export-add", _export(number, disk, checkpoints.get(disk.name)))
         served = tuple(
-            _served(machine, number, disk, files.get(number), checkpoints.get(disk.name))
+            _served(machine, number, disk, files.get(number), checkpoints.get(disk.name), transient.get(disk.name))
             for number, disk in enumerate(disks)
         )
         keeping = partial(keep, qmp, kept, started)
@@ -116,11 +118,16 @@ async def take(
 
 
 def _served(
-    machine: Machine, number: int, disk: Disk, file: FleecingFile | None, checkpoint: Checkpoint | None
+    machine: Machine,
+    number: int,
+    disk: Disk,
+    file: FleecingFile | None,
+    checkpoint: Checkpoint | None,
+    transient: str | None,
 ) -> Served:
     unit = CLUSTER if machine.version < REQUEST_UNIT_BEFORE else None
     aborts = any(first <= machine.version < fixed for first, fixed in ALLOCATION_ABORTS)
-    return Served(disk, f"{PREFIX}{number}", file, checkpoint, unit, not aborts)
+    return Served(disk, f"{PREFIX}{number}", file, checkpoint, unit, not aborts, transient)
 
 
 @dataclass(slots=True)
@@ -133,7 +140,7 @@ class _Moment:
 async def _instant(
     qmp: Qmp,
     filtered: Mapping[int, Filtered],
-    started: Sequence[tuple[Disk, Checkpoint]],
+    started: Started,
     freeze: Freeze,
     stack: AsyncExitStack,
 ) -> _Moment:
@@ -150,7 +157,7 @@ async def _instant(
         with _deadline(state):
             await look_before(qmp, filtered.values())
             moment.instant = time.time_ns()
-            await record(qmp, started)
+            await restart(qmp, started)
             for item in filtered.values():
                 await look_at_device(qmp, item)
                 stack.push_async_callback(take_out, qmp, item.filter)

@@ -29,7 +29,7 @@ IDLE_DISKS = 4
 async def measure_guest(directory: Path, scale: Scale, samples: Samples) -> None:
     """A booted guest writes to a disk without zeros, and flushes each write; alone, and during both kinds of backup."""
     disk = Disk("guest", await aside(make_full, directory / "guest.raw", scale.guest), scale.guest)
-    options = f"fleece={directory},state={directory}/state,target=bench"
+    options = f"fleece={directory},state={directory},target=bench"
     async with running_vm(selected()[-1], directory, [disk], guest=True, name="guest") as vm:
         for _ in range(scale.rounds):
             _add(samples, ALONE, await _write(vm, scale), scale)

@@ -18,7 +18,7 @@ async def measure_mounting(stage: Stage, samples: Samples) -> None:
     directory = stage.directory / "mnt"
     directory.mkdir(exist_ok=True)
     mount = _timed(
-        "mount", str(stage.vm.qmp), str(directory), "-o", f"fleece={stage.directory},state={stage.directory}/state"
+        "mount", str(stage.vm.qmp), str(directory), "-o", f"fleece={stage.directory},state={stage.directory}"
     )
     umount = _timed("umount", str(directory))
     async with taken_away(directory):

@@ -39,7 +39,7 @@ async def _series(stage: Stage, name: str, environment: dict[str, str], samples:
             back_up = partial(_back_up, environment, path, stage.scale.sparse)
             samples.add(row, name, await measure(back_up, own, stage.vm.pid))
     if name == CHUNKS:  # the next round begins anew, as its repository does
-        await _run("checkpoints", stage.vm.qmp, "-o", f"state={stage.directory}/state", "--delete", TARGET)
+        await _run("checkpoints", stage.vm.qmp, "-o", f"state={stage.directory}", "--delete", TARGET)
 
 
 @contextlib.asynccontextmanager

@@ -32,7 +32,7 @@ class Stage:
     def mounted(self, *options: str) -> contextlib.AbstractAsyncContextManager[Mount]:
         """A snapshot, of both disks unless an option says otherwise, at the same path each time."""
         return mounted(
-            self.vm.qmp, self.directory / "mnt", f"fleece={self.directory}", f"state={self.directory}/state", *options
+            self.vm.qmp, self.directory / "mnt", f"fleece={self.directory}", f"state={self.directory}", *options
         )
 
 

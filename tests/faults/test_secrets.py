@@ -41,6 +41,7 @@ def fleecing_files(vm: Vm, folder: Path) -> list[Path]:
 async def test_another_user_gets_at_nothing(qemu: Qemu, tmp_path: Path) -> None:
     state, fleece = tmp_path / "state", tmp_path / "fleece"
     fleece.mkdir()
+    state.mkdir(mode=0o700)
     async with idle_vm(qemu, tmp_path) as vm:
         options = f"fleece={fleece},target=nas,state={state}"
         async with mounted(vm.qmp, tmp_path / "mnt", options) as mount:

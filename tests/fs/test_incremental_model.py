@@ -110,7 +110,7 @@ class Machine(RuleBasedStateMachine):
     def find_another_vm_of_this_name(self) -> None:
         with open_store(self.folder, None, "web1") as store:
             store.begin("nas", self.clock)
-            store.commit("nas", {"vda": DiskState("other", self.clock, 0, CHUNK, plan(0, RangeSet(), 0).times)})
+            store.commit("nas", {"vda": DiskState("other", self.clock, 0, "", CHUNK, plan(0, RangeSet(), 0).times)})
 
     # ---- the backups ----
 
@@ -191,7 +191,7 @@ class Machine(RuleBasedStateMachine):
             stack.enter_context(store.lock(to))
             old = store.bases(to).get("vda")
             grid = mount.grid
-            state = DiskState(mount.generation, mount.instant, grid.size, grid.chunk, grid.times)
+            state = DiskState(mount.generation, mount.instant, grid.size, "", grid.chunk, grid.times)
             store.commit(to, {"vda": state})
             if not killed:
                 self._end(store, mount)

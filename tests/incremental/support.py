@@ -35,6 +35,7 @@ class Bed:
 
     def __post_init__(self) -> None:
         self.qmp = self.vm.qmp
+        (self.folder / "state").mkdir(mode=0o700, exist_ok=True)
 
     @property
     def mountpoint(self) -> Path:

@@ -22,7 +22,7 @@ async def listing(mount: Mount) -> list[str]:
 
 async def test_65536_chunks_are_the_same_in_two_mounts(qemu: Qemu, tmp_path: Path) -> None:
     async with running_vm(qemu, tmp_path, [Disk("vda", tmp_path / "vda.raw", SIZE)]) as vm:
-        options = f"target=nas,state={tmp_path / 'state'}"
+        options = f"target=nas,state={tmp_path}"
         async with mounted(vm.qmp, tmp_path / "mnt", options) as mount:
             first = await listing(mount)
             assert len(first) == 65536

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import stat
 import subprocess
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from qfsbackup.errors import UserError
 from qfsbackup.model import Base
 from qfsbackup.state.files import store_path
-from qfsbackup.state.store import DiskState, open_store
+from qfsbackup.state.store import DiskState, committed_generations, find_store, new_generation, open_store
 
 SECOND = 10**9
 INSTANT = 1_700_000_000 * SECOND + 123
@@ -26,7 +27,7 @@ UUID = "6d3a5b5e-4c55-4c5f-9d3c-1d1f0a4f7f00"
 
 
 def state(generation: str = "g1", chunks: int = 3) -> DiskState:
-    return DiskState(generation, INSTANT, chunks * 65536, 65536, array("q", range(chunks)))
+    return DiskState(generation, INSTANT, chunks * 65536, "content", 65536, array("q", range(chunks)))
 
 
 def test_what_was_committed_is_there_when_the_store_is_opened_again(tmp_path: Path) -> None:
@@ -35,7 +36,10 @@ def test_what_was_committed_is_there_when_the_store_is_opened_again(tmp_path: Pa
         store.commit("nas", {"vda": state("g2")})
     with open_store(tmp_path, UUID, "web1") as store:
         assert store.disks("nas") == {"vda": state("g2"), "vdb": state("g1", 65536)}
-        assert store.bases("nas") == {"vda": Base("g2", 3 * 65536), "vdb": Base("g1", 65536 * 65536)}
+        assert store.bases("nas") == {
+            "vda": Base("g2", 3 * 65536, "content"),
+            "vdb": Base("g1", 65536 * 65536, "content"),
+        }
 
 
 def test_targets_keep_to_themselves(tmp_path: Path) -> None:
@@ -63,6 +67,7 @@ def test_numbers_of_a_lost_store_do_not_come_back(tmp_path: Path) -> None:
     """One in four million does."""
     found = set()
     for name in ("a", "b", "c", "d"):
+        (tmp_path / name).mkdir()
         with open_store(tmp_path / name, UUID, "web1") as store:
             found.add(store.disk_number("vda"))
     assert len(found) > 1
@@ -79,7 +84,7 @@ def test_another_vm_of_the_same_name_starts_anew_and_above_all_times(tmp_path: P
         assert store.begin("nas", INSTANT) > time
         store.delete("nas")
     with open_store(tmp_path, UUID, "web1") as store:
-        assert store.bases("nas") == {"vda": Base("g1", 3 * 65536)}
+        assert store.bases("nas") == {"vda": Base("g1", 3 * 65536, "content")}
 
 
 def test_a_target_is_used_by_one_mount_at_a_time(tmp_path: Path) -> None:
@@ -104,8 +109,9 @@ def test_a_lock_goes_with_its_process(tmp_path: Path) -> None:
         pass
 
 
-def test_nobody_else_can_read_the_store(tmp_path: Path) -> None:
+def test_nobody_else_can_read_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "new" / "state"
+    monkeypatch.setattr("qfsbackup.state.files.FOLDER", folder)
     old = os.umask(0)
     try:
         with open_store(folder, UUID, "web1") as store, store.lock("nas"):
@@ -153,7 +159,7 @@ def cut_off(path: Path) -> None:
 
 def make_newer(path: Path) -> None:
     with sqlite3.connect(path) as database:
-        database.execute("PRAGMA user_version = 2")
+        database.execute("PRAGMA user_version = 3")
     database.close()
 
 
@@ -235,6 +241,40 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
     os.chown(tmp_path, 65534, 0)
     with pytest.raises(UserError, match="belongs to user 65534"), open_store(tmp_path, UUID, "web1"):
         pass
+
+
+def test_a_folder_that_somebody_misspelt_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"), open_store(tmp_path / "sate", UUID, "web1"):
+        pass
+    with pytest.raises(UserError, match="does not exist"), find_store(tmp_path / "sate", UUID, "web1"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_looking_for_a_store_makes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qfsbackup.state.store.FOLDER", tmp_path / "usual")
+    for folder in (tmp_path, tmp_path / "usual"):
+        with find_store(folder, UUID, "web1") as store:
+            assert store is None
+    assert committed_generations(tmp_path, "web1") == set()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_generation_tells_its_store(tmp_path: Path) -> None:
+    """And what is committed for another VM of the name counts as committed."""
+    ids = set()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        with open_store(tmp_path / name, UUID, "web1") as store:
+            generation = new_generation(store.id())
+            assert re.fullmatch("[0-9a-f]{16}", generation)
+            assert generation != new_generation(store.id())
+            store.commit("nas", {"vda": state(generation)})
+        with open_store(tmp_path / name, None, "web1") as store:
+            assert generation.startswith(store.id())
+            assert committed_generations(tmp_path / name, "web1") == {generation}
+            ids.add(store.id())
+    assert len(ids) == 2
 
 
 def test_a_folder_that_everybody_may_write_to_is_refused(tmp_path: Path) -> None:

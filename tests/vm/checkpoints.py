@@ -3,13 +3,14 @@
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from qfsbackup.model import Base, CheckpointRequest, Export, Snapshot
+from qfsbackup.model import Base, CheckpointRequest, Export, Known, Snapshot
 from qfsbackup.sources.qemu import QemuSource
 from qfsbackup.vm.bitmaps import bitmap_name, low_name
 from tests.harness.disk import MIB, Disk
@@ -18,20 +19,38 @@ from tests.harness.vm import Vm, running_vm
 from tests.vm.support import make_source
 
 OLD, NEW, OTHER = "0" * 15 + "a", "0" * 15 + "b", "0" * 15 + "c"
+STORE = "000000"  # the id of the store that all of them are of
 SIZE = 16 * MIB
 
 
 def source(
-    vm: Vm, folder: Path, generation: str, base: str | None = None, target: str = "nas", **more: Any
+    vm: Vm,
+    folder: Path,
+    generation: str,
+    base: str | None = None,
+    target: str = "nas",
+    also_committed: Collection[str] = (),
+    **more: Any,
 ) -> QemuSource:
-    """A source that starts `generation`, from `base` on all disks if there is one."""
-    bases = {name: Base(base, SIZE) for name in ("vda", "vdb")} if base else {}
+    """A source that starts a backup, from the backup `base` on all disks if there is one."""
+    bases = {disk.id: Base(own(base, disk.id), SIZE, content(disk)) for disk in vm.disks} if base else {}
+    kept = {base.generation for base in bases.values()}
 
-    async def find(_uuid: str | None, _name: str) -> Mapping[str, Base]:
-        return bases
+    async def known(_uuid: str | None, _name: str) -> Known:
+        return Known(STORE, kept | set(also_committed), bases, partial(own, generation))
 
-    request = CheckpointRequest(target, lambda _disk: generation, find)
+    request = CheckpointRequest(target, known)
     return make_source(vm, folder, checkpoint=request, **more)
+
+
+def own(generation: str, disk: str) -> str:
+    """The generation that a disk has of a backup."""
+    return f"{generation[:14]}{disk[-1]}{generation[15]}"
+
+
+def content(disk: Disk) -> str:
+    """What a source calls the content of a disk whose image has nothing below."""
+    return json.dumps({"format": disk.format, "below": [], "file": str(disk.path)})
 
 
 async def bitmaps(vm: Vm) -> dict[str, dict[str, Any]]:
@@ -57,7 +76,7 @@ def of(generation: str, target: str = "nas") -> set[str]:
 
 def pair(disk: str, generation: str, target: str = "nas") -> set[str]:
     """The bitmaps of a generation on one disk."""
-    name = bitmap_name(target, generation)
+    name = bitmap_name(target, own(generation, disk))
     return {f"{disk} {name}", f"{disk} {low_name(name)}"}
 
 

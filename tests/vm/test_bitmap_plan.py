@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qfsbackup.model import Base
-from qfsbackup.vm.bitmaps import GRANULARITY, Checkpoint, bitmap_name, low_name, of_target, plan, unusable
+from qfsbackup.vm.bitmaps import GRANULARITY, Checkpoint, bitmap_name, low_name, plan, unusable
 from qfsbackup.vm.graph import Disk as GraphDisk
 from qfsbackup.vm.graph import Node
+from qfsbackup.vm.leftovers import bitmaps_of
 from qfsbackup.vm.low_water import low_water
 
 SIZE = 16 << 20
@@ -84,12 +85,13 @@ def test_without_a_committed_base_a_bitmap_that_is_there_means_nothing() -> None
     assert (point.base, point.status) == (None, "new")
 
 
-def test_a_target_has_no_claim_on_bitmaps_that_only_look_like_its_own() -> None:
-    names = ["foreign", "nas", f"nas-{OLD}", f"qfsbackup-nas-x-{OLD}", f"qfsbackup-nas-{OTHER}-{OLD}", "qfsbackup-nas-"]
-    names += [f"qfsbackup-nasx{OLD}", f"qfsbackup-nas-{OLD}x", f"qfsbackup-nas-{OLD[1:]}", f"qfsbackup-n.s-{OLD}"]
-    bitmaps = tuple({"name": name} for name in [*names, bitmap_name("nas", OLD)])
-    assert of_target([_node(bitmaps)], "nas") == [("vda-node", OLD, {"name": bitmap_name("nas", OLD)})]
-    assert [generation for _, generation, _ in of_target([_node(({"name": f"qfsbackup-nas-{OLD}"},))], "n.s")] == []
+def test_a_bitmap_is_ours_by_its_whole_name() -> None:
+    names = ["foreign", "nas", f"nas-{OLD}", "qfsbackup-nas-", f"qfsbackup-nasx{OLD}", f"qfsbackup-nas-{OLD}x"]
+    names += [f"qfsbackup-nas-{OLD[1:]}", f"qfsbackup-nas-{OLD}.lower", f"qfsbackup-{OLD}", "qfsbackup-low-water"]
+    ours = [bitmap_name("nas", OLD), low_name(bitmap_name("nas", OLD)), bitmap_name(f"nas-{OTHER}", OLD)]
+    found = list(bitmaps_of([_node(tuple({"name": name} for name in [*names, *ours]))]))
+    assert [bitmap.name for bitmap in found] == ours
+    assert [(bitmap.target, bitmap.generation) for bitmap in found] == [("nas", OLD)] * 2 + [(f"nas-{OTHER}", OLD)]
 
 
 def _disk(*bitmaps: Mapping[str, Any]) -> GraphDisk:

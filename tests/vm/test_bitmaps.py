@@ -23,6 +23,7 @@ from tests.vm.checkpoints import (
     dirty,
     names,
     of,
+    own,
     pair,
     said,
     source,
@@ -113,7 +114,7 @@ Damage = Literal["disabled", "missing", "granularity"]
 async def test_a_base_that_is_no_good_makes_that_disk_alone_full(paused_vm: Vm, tmp_path: Path, damage: Damage) -> None:
     vm = paused_vm
     await committed(vm, tmp_path, OLD)
-    bitmap = {"node": "vda-node", "name": bitmap_name("nas", OLD)}
+    bitmap = {"node": "vda-node", "name": bitmap_name("nas", own(OLD, "vda"))}
     command = "block-dirty-bitmap-disable" if damage == "disabled" else "block-dirty-bitmap-remove"
     await vm.monitor.execute(command, bitmap)
     if damage == "granularity":
@@ -151,11 +152,11 @@ async def test_a_crash_of_qemu_makes_the_next_backup_full_and_a_clean_end_does_n
         await vm.monitor.execute("block_resize", {"node-name": "vdb-node", "size": 2 * SIZE})
 
 
-async def test_leftovers_of_the_target_go_and_nobody_elses(paused_vm: Vm, tmp_path: Path) -> None:
+async def test_leftovers_of_the_store_go_and_nobody_elses(paused_vm: Vm, tmp_path: Path) -> None:
     vm = paused_vm
     await committed(vm, tmp_path, OLD)
-    others = ["foreign", "qfsbackup-nas", bitmap_name("usb", OTHER), bitmap_name(f"nas-{OTHER}", OTHER)]
-    for name in [*others, bitmap_name("nas", OTHER)]:
+    others = ["foreign", "qfsbackup-nas", bitmap_name("nas", f"{1:06}{OTHER[6:]}")]
+    for name in [*others, bitmap_name("nas", OTHER), bitmap_name("usb", OTHER)]:
         await vm.monitor.execute("block-dirty-bitmap-add", node="vdb-node", name=name, persistent=True)
     async with source(vm, tmp_path, NEW, OLD).snapshot():
         pass
@@ -165,7 +166,8 @@ async def test_leftovers_of_the_target_go_and_nobody_elses(paused_vm: Vm, tmp_pa
 async def test_another_target_has_bitmaps_of_its_own(paused_vm: Vm, tmp_path: Path) -> None:
     vm = paused_vm
     await committed(vm, tmp_path, OLD)
-    async with source(vm, tmp_path, NEW, target="usb").snapshot() as snapshot:
+    both = {own(OLD, "vda"), own(OLD, "vdb")}
+    async with source(vm, tmp_path, NEW, target="usb", also_committed=both).snapshot() as snapshot:
         assert said(snapshot) == [FULL, FULL]
         assert await names(vm) == of(OLD) | of(NEW, "usb")
     assert await names(vm) == of(OLD)

@@ -76,6 +76,7 @@ async def test_what_the_guest_overwrote_shows_in_the_fleecing_file(qemu: Qemu, t
             taking = take(
                 *(qmp, machine, machine.disks),
                 checkpoints={},
+                in_image=True,
                 fleece=folder,
                 socket_path=tmp_path / "nbd.sock",
                 freeze=Freeze("off", None),

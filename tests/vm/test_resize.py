@@ -18,6 +18,7 @@ from tests.vm.checkpoints import (
     bitmaps,
     committed,
     dirty,
+    own,
     said,
     source,
     two_disks,
@@ -66,7 +67,7 @@ async def test_what_a_resize_cut_off_or_added_since_is_told(
     for name in ("vda", "vdb"):
         for size in sizes:
             await vm.monitor.execute("block_resize", {"node-name": f"{name}-node", "size": size})
-        assert (await bitmaps(vm))[f"{name} {bitmap_name('nas', OLD)}"]["count"] == 0
+        assert (await bitmaps(vm))[f"{name} {bitmap_name('nas', own(OLD, name))}"]["count"] == 0
     async with source(vm, tmp_path, NEW, OLD).snapshot() as snapshot:
         assert said(snapshot) == [INCREMENTAL, INCREMENTAL]
         assert [export.low_water for export in snapshot.exports] == [low, low]

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Whether others may write to a disk as well: then no bitmap of QEMU's holds every change, and nothing is frozen.
+
+QEMU locks a local image file, as OFD locks on single bytes (block/file-posix.c, RAW_LOCK_SHARED_BASE): byte 200 + 1 is
+locked where others must not write. It is not for share-rw=on, locking=off and libvirt's <shareable/> (seen with QEMU
+7.2 and 10.0). Of images behind a network and of those that we cannot open, only the device's share-rw tells.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from collections.abc import Mapping
+
+import trio
+
+from qfsbackup.vm.graph import Disk, Node, device_property
+from qfsbackup.vm.qmp import Qmp
+
+LOCKABLE = frozenset(["file", "host_device"])  # drivers whose filename is a path here
+OTHERS_MUST_NOT_WRITE = 201  # RAW_LOCK_SHARED_BASE + BLK_PERM_WRITE's number
+FLOCK = "hhqqi4x"  # struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length, pid
+LOOK_TIMEOUT = 5.0  # seconds; a dead NFS server answers to nobody
+
+
+async def shared(qmp: Qmp, disk: Disk, nodes: Mapping[str, Node]) -> str:
+    """Why others may write to the disk; empty where they may not, or where it cannot be told. Raises QmpError."""
+    if await device_property(qmp, disk.qdev, "share-rw") is True:
+        return "others may write to it: its device has share-rw=on"
+    path = image_path(nodes, disk.format)
+    if path and await _forbids_writers(path) is False:
+        return f"others may write to it: QEMU does not hold the lock of {path} that forbids it (locking=off)"
+    return ""
+
+
+def image_path(nodes: Mapping[str, Node], node: Node) -> str:
+    """The local file below a format node; empty where it is something else."""
+    node = nodes.get(node.children.get("file", ""), node)
+    return node.filename if node.driver in LOCKABLE else ""
+
+
+async def _forbids_writers(path: str) -> bool | None:
+    """None: cannot be told."""
+    with trio.move_on_after(LOOK_TIMEOUT):
+        return await trio.to_thread.run_sync(forbids_writers, path, abandon_on_cancel=True)
+    return None
+
+
+def forbids_writers(path: str) -> bool | None:
+    """Does a process that has this image open forbid others to write to it; None where that cannot be told."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        wanted = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, OTHERS_MUST_NOT_WRITE, 1, 0)
+        found: int = struct.unpack(FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, wanted))[0]
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(descriptor)
+    return found != fcntl.F_UNLCK

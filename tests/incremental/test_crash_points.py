@@ -124,6 +124,11 @@ def locked_store(lab: Bed) -> Iterator[None]:
 
 
 async def waiting_for_the_store(worker: int) -> None:
-    """Until the worker sleeps for another's transaction to end. The kernel tells nobody when it does."""
-    while not (await aside(Path(f"/proc/{worker}/syscall").read_text)).startswith(CLOCK_NANOSLEEP):  # noqa: ASYNC110
+    """Until a thread of the worker sleeps for another's transaction to end. The kernel tells nobody when it does."""
+    while not await aside(_sleeps, worker):  # noqa: ASYNC110
         await trio.sleep(0.01)
+
+
+def _sleeps(worker: int) -> bool:
+    calls = [path.read_text() for path in Path(f"/proc/{worker}/task").glob("*/syscall")]
+    return any(call.startswith(CLOCK_NANOSLEEP) for call in calls)

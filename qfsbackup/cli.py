@@ -44,12 +44,19 @@ def _called(command: Callable[[list[str]], int], words: list[str]) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
+    if _is_from_mount_fuse(words):
+        return _mount_helper(words)
     arguments, command = parse(words)
     level = logging.DEBUG if arguments.verbose else logging.INFO
     logs.to_stderr(level if arguments.verbose else arguments.terminal_level)
     if arguments.name == "run":
         return _run(arguments, command, level)
     return COMMANDS[arguments.name](arguments, level)
+
+
+def _is_from_mount_fuse(words: list[str]) -> bool:
+    """mount(8) has no helper for the type fuse.qfsbackup but libfuse's: `qfsbackup SOURCE DIR -o OPTIONS`."""
+    return len(words) == 4 and words[2] == "-o" and words[0] not in (*COMMANDS, "run", "help")
 
 
 def _request(arguments: argparse.Namespace, mountpoint: Path, level: int) -> MountRequest:

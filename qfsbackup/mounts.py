@@ -16,6 +16,7 @@ from qfsbackup.errors import EXIT_SYSTEM, UserError
 
 MOUNTINFO = Path("/proc/self/mountinfo")
 MNT_DETACH = 2  # umount2(2)
+LINKS = 40  # symbolic links that a path is followed through, as the kernel does (path_resolution(7))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,17 @@ class Mount:
 
 def our_mounts() -> list[Mount]:
     """Every qfsbackup mount in this mount namespace, in the order they were made."""
-    lines = MOUNTINFO.read_text().splitlines()
-    return [mount for line in lines if (mount := _parse(line))]
+    return [mount for line in _table() if (mount := _parse(line))]
+
+
+def _table() -> list[str]:
+    """The lines of mountinfo. Raises UserError where nobody can know what is mounted."""
+    try:
+        return MOUNTINFO.read_text().splitlines()
+    except FileNotFoundError:
+        raise UserError(
+            "there is no /proc, so what is mounted cannot be seen", "Mount it: mount -t proc proc /proc", EXIT_SYSTEM
+        ) from None
 
 
 def _parse(line: str) -> Mount | None:
@@ -52,7 +62,7 @@ def _parse(line: str) -> Mount | None:
 def mountpoints_of(devices: set[int]) -> list[Path]:
     """Where file systems on these block devices (numbers as in st_rdev) are mounted in this mount namespace."""
     found = []
-    for line in MOUNTINFO.read_text().splitlines():
+    for line in _table():
         before, _, after = line.partition(" - ")
         number, mountpoint = (before.split(" ")[field] for field in (2, 4))
         if _device(number, _unescape(after.split(" ")[1])) in devices:
@@ -78,11 +88,23 @@ def _unescape(field: str) -> str:
 
 def find_mount(directory: Path) -> Mount:
     """The newest mount at `directory`. Raises UserError where there is none of ours."""
-    path = Path(os.path.realpath(directory.parent)) / directory.name if directory.name else directory
+    path = resolved(directory)
     for mount in reversed(our_mounts()):
-        if mount.mountpoint in (path, directory.absolute()):
+        if mount.mountpoint == path:
             return mount
     raise UserError(f"no snapshot is mounted at {directory}", "`qfsbackup status` lists the mounted ones.", EXIT_SYSTEM)
+
+
+def resolved(directory: Path) -> Path:
+    """Where a path leads, without a question to what is mounted there, which may hang: readlink(2) asks it nothing."""
+    path = directory.absolute()
+    for _ in range(LINKS):
+        path = Path(os.path.realpath(path.parent)) / path.name
+        try:
+            path = path.parent / path.readlink()
+        except OSError:
+            break
+    return path
 
 
 def is_dead(mountpoint: Path) -> bool:
@@ -97,8 +119,8 @@ def is_dead(mountpoint: Path) -> bool:
 def detach_dead(mountpoint: Path) -> None:
     """Take dead mounts of ours away, or the next one could not be made at this path. Raises OSError."""
     for mount in reversed(our_mounts()):
-        if mount.mountpoint == mountpoint.absolute() and is_dead(mountpoint):
-            umount(mountpoint, MNT_DETACH)
+        if mount.mountpoint == resolved(mountpoint) and is_dead(mountpoint):
+            umount(mount.mountpoint, MNT_DETACH)
 
 
 def umount(mountpoint: Path, flags: int = 0) -> None:

@@ -182,7 +182,14 @@ def parse_options(texts: list[str]) -> Options:
     """`texts` are the arguments of each `-o`. Raises UserError."""
     found: dict[str, object] = {}
     last = ""
-    for text in ",".join(texts).split(","):
+    words = ",".join(texts).split(",")
+    if "remount" in words:
+        raise UserError(
+            "a snapshot cannot be mounted again with other options",
+            "Unmount it (qfsbackup umount DIR) and mount it anew, which takes a new snapshot.",
+            EXIT_USAGE,
+        )
+    for text in words:
         if text in ("ro", "rw"):
             found["read-only"] = text == "ro"
         elif text and not MOUNT_OWN.fullmatch(text):

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.harness.mount import (
     PROGRAM,
     aside,
     command,
+    ending,
     is_mounted,
     mounted,
     qfsbackup,
@@ -69,6 +71,68 @@ async def test_fstab_mounts_and_a_failure_has_two_lines_and_32(vm: Vm, directory
     (await command("mount", "-t", "qfsbackup", tmp_path / "none.qmp", directory)).refused(32, "none.qmp")
     wrong = await command("mount", "-t", "qfsbackup", vm.qmp, directory, "-o", "nope=1")
     wrong.refused(1, "unknown option: nope")
+
+
+@pytest.mark.one_qemu
+async def test_the_type_that_mount_shows_can_be_mounted_and_nothing_again(vm: Vm, directory: Path) -> None:
+    """mount(8) looks for programs in a PATH of its own; one of its folders gets ours, for this test alone."""
+    ours = f"mount -t tmpfs none /usr/local/bin && ln -s {PROGRAM} /usr/local/bin/qfsbackup"
+    mounting = f"mount -t fuse.qfsbackup {vm.qmp} {directory} -o ro,disks=vdb"
+    again = "".join(f"mount -o {options} {directory}; " for options in ("remount", "remount,rw", "remount,target=a"))
+    script = f"{ours} && {mounting} && {again} ls {directory}/images && exec umount {directory}"
+    done = await command("unshare", "--mount", "sh", "-c", script)
+    assert (done.code, done.stdout) == (0, "vdb.raw\n"), done
+    said = "a snapshot cannot be mounted again with other options\nUnmount it (qfsbackup umount DIR) and mount it anew,"
+    assert done.stderr.count(said) == 3, done
+    helper = await command(PROGRAM.with_name("mount.qfsbackup"), vm.qmp, directory, "-o", "rw,remount")
+    helper.refused(1, "cannot be mounted again")
+
+
+@pytest.mark.one_qemu
+async def test_a_mount_is_found_through_links(vm: Vm, directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "s").mkdir(mode=0o700)
+    (tmp_path / "folder/link").symlink_to("../link")
+    (tmp_path / "link").symlink_to(directory)
+    (tmp_path / "parent").symlink_to(tmp_path)
+    for name in ("link", "folder/link", "parent/mnt", "parent/folder/link"):
+        assert (
+            await qfsbackup("mount", vm.qmp, tmp_path / name, "-o", "ro,target=nas,state=" + str(tmp_path / "s"))
+            == DONE
+        )
+        assert is_mounted(directory)
+        assert await qfsbackup("commit", tmp_path / name) == DONE
+        assert await qfsbackup("umount", tmp_path / name) == DONE
+        assert not is_mounted(directory)
+
+
+@pytest.mark.one_qemu
+async def test_a_dead_mount_is_taken_away_through_a_link(vm: Vm, directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(directory)
+    assert await qfsbackup("mount", vm.qmp, directory) == DONE
+    status = json.loads(await aside((directory / ".qfsbackup/status.json").read_text))
+    for process in (status["ppid"], status["pid"]):
+        async with ending(process):
+            os.kill(process, signal.SIGKILL)
+    again = await qfsbackup("mount", vm.qmp, tmp_path / "link")
+    assert (again.code, "left by an earlier snapshot" in again.stderr) == (0, True), again
+    assert await qfsbackup("umount", tmp_path / "link") == DONE
+    assert not is_mounted(directory)
+
+
+async def test_without_proc_that_is_what_is_said(directory: Path) -> None:
+    lines = [
+        "mount nbd://localhost/ $0",
+        "umount $0",
+        "commit $0",
+        "status",
+        "run nbd://localhost/ --mountpoint $0 -- true",
+    ]
+    for line in lines:
+        script = f"umount -l /proc && exec {PROGRAM} {line}"
+        done = await command("unshare", "--mount", "sh", "-c", script, directory)
+        assert done.stderr.splitlines()[0] == "there is no /proc, so what is mounted cannot be seen", (line, done)
+        assert done.code == {"mount": 2, "run": 125}.get(line.split()[0], 2)
 
 
 # ---- status ----

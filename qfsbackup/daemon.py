@@ -27,15 +27,17 @@ from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.nbd.budget import Budget
 from qfsbackup.nbd.disk import open_disk
 from qfsbackup.nbd.listing import list_exports
+from qfsbackup.notify import STOPPING, notify
 from qfsbackup.options import Options
 from qfsbackup.runtime import runtime_folder
-from qfsbackup.signals import HANDED_ON, TELLING
+from qfsbackup.signals import HANDED_ON, TELLING, acted_on
 from qfsbackup.sources.qemu import QemuSource, qmp_path
 from qfsbackup.sources.uri import UriSource, is_nbd_uri
 from qfsbackup.stacks import all_stacks
 from qfsbackup.status import Status
 from qfsbackup.view import make_tree
 from qfsbackup.watch import watch_fleecing
+from qfsbackup.watchdog import tell_the_watchdog
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +110,10 @@ async def _serve(
         tree = await make_tree(snapshot, disks, chain, options, status)
         owner = Owner(options.uid, options.gid, options.mode, options.read_only)
         unmounted = await stack.enter_async_context(mounted(tree, mountpoint, source, owner, sockets))
+        stack.callback(notify, STOPPING)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch_fleecing, status, disks)
+            nursery.start_soon(tell_the_watchdog)
             ready()
             await unmounted.wait()
             nursery.cancel_scope.cancel()
@@ -152,10 +156,11 @@ def _find_source(source: str, runtime: Path, options: Options, status: Status, c
 
 @asynccontextmanager
 async def _ended_by_signals(ended_by: Callable[[signal.Signals], None]) -> AsyncIterator[None]:
-    """SIGTERM and SIGINT cancel what runs inside; its contexts then end in order. SIGUSR1 logs every task's stack."""
-    for number in HANDED_ON:
+    """ENDING cancels what runs inside; its contexts then end in order. SIGUSR1 logs every task's stack."""
+    numbers = acted_on()
+    for number in numbers:
         signal.signal(number, lambda *_: None)  # one that comes while all ends already changes nothing
-    with trio.open_signal_receiver(*HANDED_ON) as signals:
+    with trio.open_signal_receiver(*numbers) as signals:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)  # the supervisor has held them back until now
         async with trio.open_nursery() as nursery:
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 
 import signal
 
-ENDING = (signal.SIGTERM, signal.SIGINT)  # it ends in order
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # it ends in order
 TELLING = signal.SIGUSR1  # it logs where each of its tasks stands
 HANDED_ON = (*ENDING, TELLING)
+
+
+def acted_on() -> tuple[signal.Signals, ...]:
+    """HANDED_ON, without SIGHUP where whoever started us had it ignored (nohup(1))."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in HANDED_ON if not (ignored and number == signal.SIGHUP))

@@ -7,7 +7,8 @@
 
 The worker does everything (FUSE, NBD, QMP) and may grow; the supervisor has imported none of that, does nothing but
 wait, and runs the rescue in a process of its own. It must therefore be called before anything starts a thread or an
-event loop. If the supervisor dies first, the worker gets SIGTERM and ends in order.
+event loop. If the supervisor dies first, the worker gets SIGTERM and ends in order. A worker that was asked to end and
+does not is killed after a while: the rescue needs none of what holds it up.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import json
 import logging
 import os
 import signal
-import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,8 @@ from typing import Any, NoReturn
 
 from qfsbackup import log as logs
 from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_MOUNT, EXIT_SYSTEM, EXIT_UNRESTORED, EXIT_USAGE, UserError
-from qfsbackup.signals import HANDED_ON
+from qfsbackup.notify import READY, STOPPING, notify
+from qfsbackup.signals import ENDING, HANDED_ON, acted_on
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ Rescue = Callable[[], None]
 CLEAN_EXITS = {0, EXIT_USAGE, EXIT_SYSTEM, EXIT_MOUNT, EXIT_INTERRUPTED}  # the worker undid everything itself
 EXIT_DEFECT = 70  # EX_SOFTWARE (sysexits.h): an exception that nobody foresaw
 PR_SET_PDEATHSIG = 1  # prctl(2)
+PATIENCE = 60  # seconds in which a worker that was asked to end must do so
 CALLED_OFF = "nothing is mounted, and the VM is as it was"
 
 
@@ -103,7 +105,7 @@ def in_foreground(work: Work, rescue: Rescue) -> int:
     """The same in this process; returns the worker's exit status when it has ended. Raises KeyboardInterrupt where
     that was before it was ready."""
     signal.pthread_sigmask(signal.SIG_BLOCK, HANDED_ON)
-    code = _supervise(lambda: work(_notify_systemd), rescue, lambda: None)
+    code = _supervise(lambda: work(partial(notify, READY)), rescue, lambda: None)
     if code == EXIT_INTERRUPTED:
         raise KeyboardInterrupt(CALLED_OFF)
     return code
@@ -129,6 +131,8 @@ def _supervise(
     _hand_signals_on(os.pidfd_open(pid))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    signal.alarm(0)
+    notify(STOPPING)
     if code in CLEAN_EXITS:
         return code
     for number in HANDED_ON:
@@ -139,13 +143,23 @@ def _supervise(
 
 
 def _hand_signals_on(worker: int) -> None:
-    """To the process behind this pidfd, as long as it lives."""
+    """To the process behind this pidfd, as long as it lives; where it does not end by them in time, SIGKILL."""
 
-    def hand_on(number: int, _: object) -> None:
+    def send(number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(worker, number)
 
-    for number in HANDED_ON:
+    def hand_on(number: int, _: object) -> None:
+        send(number)
+        if number in ENDING and not signal.getitimer(signal.ITIMER_REAL)[0]:
+            signal.alarm(PATIENCE)
+
+    def kill(*_: object) -> None:
+        log.error("the mount's process has not ended within %d s; killing it", PATIENCE)
+        send(signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, kill)
+    for number in acted_on():
         signal.signal(number, hand_on)
 
 
@@ -221,12 +235,3 @@ def _detach_stdio() -> None:
     for standard in (0, 1, 2):
         os.dup2(null, standard)
     os.close(null)
-
-
-def _notify_systemd() -> None:
-    """sd_notify(3): the unit is up."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
-            connection.connect(address.replace("@", "\0", 1) if address.startswith("@") else address)
-            connection.sendall(b"READY=1")

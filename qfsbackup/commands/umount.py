@@ -8,7 +8,7 @@ import os
 import select
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,8 @@ def _wait(supervisor: int | None, pid: int) -> None:
     poll = select.poll()
     poll.register(supervisor, select.POLLIN)
     if not poll.poll(DEADLINE * 1000):
+        with suppress(ProcessLookupError):  # it then kills a worker that has come to a standstill
+            signal.pidfd_send_signal(supervisor, signal.SIGTERM)
         raise UserError(
             f"unmounted, but process {pid} still restores the VM after {DEADLINE:.0f} s",
             "QEMU may hang. The system's log says which step it waits for.",

@@ -57,6 +57,7 @@ class Chain:
         self._id = ""  # the store's
         self._generations: dict[str, str] = {}
         self._next: dict[str, DiskState] = {}
+        self.base_instants: dict[str, int] = {}  # of what was committed last, once the grids are there
         self._committing = trio.Lock()
         self.committed = False
 
@@ -131,6 +132,7 @@ class Chain:
     async def grids(self, snapshot: Snapshot, shown: int, disks: Sequence[Disk]) -> dict[str, Grid]:
         """How each disk is cut, and when its chunks changed; noted for the commit."""
         committed = await self._ask(partial(self._opened.disks, self._target))
+        self.base_instants = {name: disk.instant for name, disk in committed.items()}
         grids = {}
         for export, disk in zip(snapshot.exports, disks, strict=True):
             old = committed.get(export.disk)  # also where all is dirty: the chunk size stays

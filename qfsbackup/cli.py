@@ -100,7 +100,7 @@ def _checkpoints(arguments: argparse.Namespace, _level: int) -> int:
 def _restore(arguments: argparse.Namespace, _level: int) -> int:
     from qfsbackup.commands.restore import restore  # needs libnbd, which the supervisor must not have in it
 
-    restore(arguments.chunks, arguments.output, arguments.format, force=arguments.force)
+    restore(arguments.chunks, arguments.output, arguments.format, force=arguments.force, torn=arguments.torn)
     return 0
 
 

@@ -10,9 +10,10 @@ from functools import partial
 
 from qfsbackup.chain import Chain, Numbers
 from qfsbackup.errors import EXIT_SYSTEM, FsError, UserError
+from qfsbackup.fs.description import Look, describe, iso_time
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.grid import Grid, plan
-from qfsbackup.fs.tree import Look, ShownDisk, Tree, build_tree, describe, iso_time
+from qfsbackup.fs.tree import ShownDisk, Tree, build_tree
 from qfsbackup.model import Disk, Snapshot
 from qfsbackup.options import Options
 from qfsbackup.ranges import RangeSet
@@ -44,11 +45,13 @@ async def make_tree(
         time=time,
         newest=max(time + SECOND, snapshot.instant // SECOND * SECOND) if chain else snapshot.instant,
         number=numbers.vm if numbers else None,
+        target=options.target,
+        base_instants=chain.base_instants if chain else {},
         images=images,
         release=options.discard == "release",
         commit=partial(_commit, chain, snapshot, disks, status) if chain else None,
     )
-    return build_tree(snapshot, shown, status, describe(snapshot, grids, images=images), look)
+    return build_tree(snapshot, shown, status, describe(snapshot, grids, look), look)
 
 
 def _shown(

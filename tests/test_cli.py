@@ -243,7 +243,9 @@ async def test_a_fleecing_folder_must_be_there_and_have_room(vm: Vm, directory: 
     small.mkdir()
     assert await command("mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small) == DONE
     try:
-        (await qfsbackup("mount", vm.qmp, directory, "-o", f"fleece={small}")).refused(32, "small", "full")
+        (await qfsbackup("mount", vm.qmp, directory, "-o", f"fleece={small}")).refused(
+            32, "small", "too little room: 1024 KiB are left"
+        )
     finally:
         await command("umount", small)
     assert await qfsbackup("status", directory) != DONE

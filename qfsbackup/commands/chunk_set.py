@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A disk's chunks as a backup tool restored them: are they all there, and do they belong together.
+"""A disk's chunks as a backup tool restored them: are they all there.
 
 What the names and sizes tell is always checked. A vm.json two folders up, where the mount has it too, says what the
 disk must be; without it a set that ends too early, at a whole chunk, cannot be told from a smaller disk.
@@ -8,19 +8,17 @@ disk must be; without it a set that ends too early, at a whole chunk, cannot be 
 from __future__ import annotations
 
 import errno
-import json
+import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from qfsbackup.commands.described import HINT, Described, described
 from qfsbackup.errors import EXIT_SYSTEM, UserError
-from qfsbackup.fs.chunks import A_FOLDER
-from qfsbackup.fs.grid import count, is_chunk_size
-from qfsbackup.fs.names import file_name
-
-HINT = "Restore that folder again, as a whole, from one snapshot of the backup."
+from qfsbackup.fs.chunk_times import SECOND
+from qfsbackup.fs.chunks import chunk_path
+from qfsbackup.fs.grid import is_chunk_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +26,19 @@ class ChunkSet:
     """The complete chunks of one disk, in the order of the disk; sizes in bytes."""
 
     folder: Path
-    chunks: int
     chunk: int  # size of each but the last
     size: int  # of the disk
-    described: bool  # does a vm.json say that this is all
+    times: Sequence[int]  # of each, in seconds since the epoch
+    described: Described | None  # what vm.json says, if it is there
+
+    @property
+    def chunks(self) -> int:
+        """How many there are."""
+        return len(self.times)
 
     def paths(self) -> Iterator[Path]:
         """Each chunk's file."""
         return (self.folder / chunk_path(number) for number in range(self.chunks))
-
-
-def chunk_path(number: int) -> str:
-    """Where chunk `number` is below the disk's folder."""
-    return f"{number // A_FOLDER:03}/{number:08}"
 
 
 def find_chunks(folder: Path) -> ChunkSet:
@@ -49,19 +47,19 @@ def find_chunks(folder: Path) -> ChunkSet:
     found = _files(folder)
     expected = [chunk_path(number) for number in range(len(found))]
     _check_names(folder, set(found), expected)
-    sizes = [found[path] for path in expected]
+    sizes = [found[path].st_size for path in expected]
     _check_sizes(folder, expected, sizes)
-    disk = _described(folder)
-    result = ChunkSet(folder, len(sizes), sizes[0] if sizes else 0, sum(sizes), disk is not None)
-    if disk is not None:
-        _check_description(result, disk)
+    times = [found[path].st_mtime_ns // SECOND for path in expected]
+    result = ChunkSet(folder, sizes[0] if sizes else 0, sum(sizes), times, described(folder))
+    if result.described:
+        _check_description(result, result.described)
     elif not sizes:
         raise _refused(f"{folder} has no chunks in it")
     return result
 
 
-def _files(folder: Path) -> dict[str, int]:
-    """The size of every file, by its path below `folder`."""
+def _files(folder: Path) -> dict[str, os.stat_result]:
+    """Every file, by its path below `folder`."""
     found = {}
     try:
         for part in folder.iterdir():
@@ -73,7 +71,7 @@ def _files(folder: Path) -> dict[str, int]:
                     raise _above(folder)
                 if not stat.S_ISREG(status.st_mode):
                     raise _refused(f"{path} is not a file")
-                found[f"{part.name}/{path.name}"] = status.st_size
+                found[f"{part.name}/{path.name}"] = status
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}", _hint(error), EXIT_SYSTEM) from None
     return found
@@ -128,34 +126,11 @@ def _check_sizes(folder: Path, paths: list[str], sizes: list[int]) -> None:
         raise _refused(f"{folder / paths[-1]} has {sizes[-1]} bytes, the chunks before it {sizes[0]}")
 
 
-def _described(folder: Path) -> dict[str, Any] | None:
-    """What vm.json says of the disk; None where there is none."""
-    path = folder.parent.parent / "vm.json"
-    try:
-        description = json.loads(path.read_bytes())
-        disks = {file_name(disk["name"]): disk for disk in description["disks"]}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}", "Restore it again, or move it away to do without.", EXIT_SYSTEM
-        ) from None
-    if folder.name not in disks:
-        raise _refused(f"{path} knows no disk {folder.name}, so the two are not of one snapshot")
-    disk: dict[str, Any] = disks[folder.name]
-    return disk
-
-
-def _check_description(chunks: ChunkSet, disk: dict[str, Any]) -> None:
-    try:
-        size, chunk = int(disk["size"]), int(disk["chunk_size"])
-        expected = count(size, chunk)
-    except (ValueError, TypeError, KeyError, ZeroDivisionError):
-        raise _refused("vm.json does not say how the disk is cut") from None
-    if (chunks.size, chunks.chunks) != (size, expected) or (expected > 1 and chunks.chunk != chunk):
+def _check_description(chunks: ChunkSet, disk: Described) -> None:
+    if (chunks.size, chunks.chunks) != (disk.size, disk.chunks) or (disk.chunks > 1 and chunks.chunk != disk.chunk):
         raise _refused(
             f"{chunks.folder} holds {chunks.chunks} chunks, {chunks.size} bytes; "
-            f"by vm.json they are {expected} of {chunk} bytes, {size} bytes in all"
+            f"by vm.json they are {disk.chunks} of {disk.chunk} bytes, {disk.size} bytes in all"
         )
 
 

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from qfsbackup.commands.chunk_set import HINT, ChunkSet, find_chunks
+from qfsbackup.commands.chunk_set import ChunkSet, find_chunks
+from qfsbackup.commands.described import HINT, check_together
 from qfsbackup.commands.in_use import check_unused
 from qfsbackup.commands.output import Format, cannot_write, check_output, chosen_format
 from qfsbackup.commands.progress import bytes_done
@@ -32,10 +33,13 @@ BLOCK = CLUSTER  # bytes; what is zero is left out by these
 ZEROS = bytes(BLOCK)
 
 
-def restore(folder: Path, output: Path, format_: Format | None = None, *, force: bool = False) -> None:
+def restore(
+    folder: Path, output: Path, format_: Format | None = None, *, force: bool = False, torn: bool = False
+) -> None:
     """Write the disk whose chunks are below `folder` to `output`.
 
-    Without `format_` the name's suffix says it; what is not .qcow2 is raw. `force`: overwrite. Raises UserError.
+    Without `format_` the name's suffix says it; what is not .qcow2 is raw. `force`: overwrite. `torn`: also where the
+    chunks are not of one backup. Raises UserError.
     """
     chunks = find_chunks(folder)
     form = chosen_format(output, format_)
@@ -43,11 +47,7 @@ def restore(folder: Path, output: Path, format_: Format | None = None, *, force:
     _check_outside(output, folder)
     if device and form != "raw":
         raise UserError("a block device takes a raw image", "Leave --format out, or name a file.", EXIT_USAGE)
-    if not chunks.described:
-        log.warning(
-            "no %s: whether chunks are missing at the end cannot be known. Let the tool restore it too",
-            chunks.folder.parent.parent / "vm.json",
-        )
+    check_together(chunks.folder, chunks.times, chunks.described, torn=torn)
     try:
         with _image(output, form, chunks.size, device=device, force=force) as image:
             _copy(chunks, image, zeros=device)

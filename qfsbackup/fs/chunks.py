@@ -32,6 +32,11 @@ from qfsbackup.ranges import RangeSet
 A_FOLDER = 256  # chunks
 
 
+def chunk_path(number: int) -> str:
+    """Where chunk `number` is below the disk's folder."""
+    return f"{number // A_FOLDER:03}/{number:08}"
+
+
 class ChunkedDisk:
     """The folder chunks/<disk>."""
 

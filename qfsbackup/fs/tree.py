@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What people see under the mountpoint, built once for a snapshot.
 
-    vm.json  images/<disk>.raw  delta/<disk>.raw  chunks/<disk>/NNN/NNNNNNNN  maps/<disk>.{txt,json,borgmap}  config/*
-    .qfsbackup/{status.json,control}
+    vm.json  images/<disk>.raw  delta/<disk>.raw  chunks/<disk>/NNN/NNNNNNNN  maps/<disk>.{txt,json,borgmap,base}
+    config/*  .qfsbackup/{status.json,control}
 
 Times are the mount's, or older where a disk has not changed since: never `now`, which makes every tool think that the
 file changes while it is read.
@@ -13,23 +13,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from qfsbackup.fs import maps
 from qfsbackup.fs.chunks import ChunkedDisk
-from qfsbackup.fs.control import Commit, ControlFile
+from qfsbackup.fs.control import ControlFile
 from qfsbackup.fs.delta import Delta
+from qfsbackup.fs.description import Look, describe_base
 from qfsbackup.fs.folder import Folder
 from qfsbackup.fs.frozen import FrozenDisk
-from qfsbackup.fs.grid import USUAL, Grid, fitting, plan
+from qfsbackup.fs.grid import Grid, plan
 from qfsbackup.fs.inodes import Kind, Top, inode, parts
 from qfsbackup.fs.names import file_name
 from qfsbackup.fs.node import File, Node
 from qfsbackup.fs.text import FixedFile, LiveFile
 from qfsbackup.fs.window import Window
-from qfsbackup.model import Export, Snapshot
+from qfsbackup.model import Snapshot
 from qfsbackup.ranges import RangeSet
 from qfsbackup.status import Status
+
+BASE = 3  # the number of maps/<disk>.base among a disk's maps
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,18 +42,6 @@ class ShownDisk:
     number: int
     frozen: FrozenDisk
     grid: Grid | None = None  # None: no target, so all of it has the time of the mount
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What of a snapshot is shown, and how; times in nanoseconds since the epoch."""
-
-    time: int  # of what is this mount's own
-    newest: int  # of vm.json: no file is newer, for borg never remembers the newest
-    number: int | None = None  # the VM's, like a disk's: part of the inodes of what belongs to no disk
-    images: bool = True  # can all of a disk be read
-    release: bool = False  # give chunks back once they were read
-    commit: Commit | None = None  # what the control file does; None: there is none
 
 
 class Tree(Folder):
@@ -87,12 +77,13 @@ def build_tree(
 
     chunked = {disk.number: _chunks(disk, look) for disk in disks}
     images = folder(Top.IMAGES, {f"{file_name(disk.name)}.raw": _image(disk, time) for disk in disks})
+    bases = dict(_bases(snapshot, disks, look))
     entries: dict[str, Node] = {
         "vm.json": FixedFile(inode(Kind.TOP, look.number, Top.DESCRIPTION), look.newest, description),
         **({"images": images} if look.images else {}),
         "chunks": folder(Top.CHUNKS, {file_name(disk.name): chunked[disk.number] for disk in disks}),
         "delta": folder(Top.DELTA, {f"{file_name(disk.name)}.raw": _delta(disk, time) for disk in disks}),
-        "maps": folder(Top.MAPS, dict(entry for disk in disks for entry in _maps(disk, time))),
+        "maps": folder(Top.MAPS, dict(entry for disk in disks for entry in _maps(disk, time)) | bases),
         "config": folder(Top.CONFIG, dict(_config(snapshot.config, look))),
     }
     service: dict[str, Node] = {"status.json": LiveFile(inode(Kind.TOP, None, Top.STATUS), time, live_status)}
@@ -116,6 +107,13 @@ def _chunks(disk: ShownDisk, look: Look) -> ChunkedDisk:
     return ChunkedDisk(disk.frozen, disk.number, grid, look.time, release=look.release)
 
 
+def _bases(snapshot: Snapshot, disks: Sequence[ShownDisk], look: Look) -> Iterator[tuple[str, File]]:
+    numbers = {disk.name: disk.number for disk in disks}
+    for export in snapshot.exports:
+        number = inode(Kind.MAP, numbers[export.disk], BASE)
+        yield f"{file_name(export.disk)}.base", FixedFile(number, look.time, describe_base(snapshot, export, look))
+
+
 def _maps(disk: ShownDisk, time: int) -> Iterator[tuple[str, File]]:
     name, dirty, size = file_name(disk.name), disk.frozen.dirty, disk.frozen.size
     inodes = (inode(Kind.MAP, disk.number, number) for number in range(3))
@@ -128,41 +126,3 @@ def _maps(disk: ShownDisk, time: int) -> Iterator[tuple[str, File]]:
 def _config(files: Mapping[str, bytes], look: Look) -> Iterator[tuple[str, File]]:
     for number, (name, content) in enumerate(sorted(files.items())):
         yield file_name(name), FixedFile(inode(Kind.CONFIG, look.number, number), look.time, content)
-
-
-def describe(snapshot: Snapshot, grids: Mapping[str, Grid] | None = None, *, images: bool = True) -> bytes:
-    """vm.json: what this mount shows. Fixed for the life of the mount. `grids` by the disk's name."""
-    description = {
-        "format": 1,
-        "vm": snapshot.vm,
-        "uuid": snapshot.uuid,
-        "instant": iso_time(snapshot.instant),
-        "frozen": snapshot.frozen,
-        "pause_ms": snapshot.pause_ms,
-        **snapshot.details,
-        "disks": [_describe(export, (grids or {}).get(export.disk), images) for export in snapshot.exports],
-    }
-    return (json.dumps(description, indent=2) + "\n").encode()
-
-
-def _describe(export: Export, grid: Grid | None, images: bool) -> dict[str, object]:
-    name = file_name(export.disk)
-    return {
-        "name": export.disk,
-        **({"image": f"images/{name}.raw"} if images else {}),
-        "chunks": f"chunks/{name}",
-        "chunk_size": grid.chunk if grid else fitting(export.size, USUAL),
-        "size": export.size,
-        "bitmap": export.bitmap,
-        "bitmap_reason": export.bitmap_reason,
-        "generation": export.generation,
-        "base": export.base,
-        "bitmap_transient": export.transient,
-        **export.details,
-    }
-
-
-def iso_time(instant: int) -> str:
-    """Nanoseconds since the epoch as ISO 8601 has it, in UTC, to the microsecond."""
-    whole, rest = divmod(instant, 10**9)
-    return f"{datetime.fromtimestamp(whole, UTC):%Y-%m-%dT%H:%M:%S}.{rest // 1000:06}Z"

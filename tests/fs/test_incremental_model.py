@@ -21,8 +21,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
+from qfsbackup.fs.description import Look
 from qfsbackup.fs.grid import Grid, count, plan
-from qfsbackup.fs.tree import Look, ShownDisk, build_tree
+from qfsbackup.fs.tree import ShownDisk, build_tree
 from qfsbackup.model import Base, Snapshot
 from qfsbackup.ranges import RangeSet
 from qfsbackup.state.store import DiskState, Store, open_store

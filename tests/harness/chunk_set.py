@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+from array import array
 from pathlib import Path
 
-from qfsbackup.commands.chunk_set import chunk_path
+from qfsbackup.fs.chunk_times import SECOND, pack
+from qfsbackup.fs.chunks import chunk_path
 
 KIB = 1024
 CHUNK = 64 * KIB
@@ -35,6 +38,12 @@ def cut(folder: Path, content: bytes, chunk: int = CHUNK) -> Path:
     return folder
 
 
-def describe(top: Path, *, name: str = "vda", size: int, chunk: int = CHUNK) -> None:
-    disks = [{"name": name, "size": size, "chunk_size": chunk}]
-    (top / "vm.json").write_text(json.dumps({"format": 1, "disks": disks}))
+def describe(
+    top: Path, *, name: str = "vda", size: int, chunk: int = CHUNK, times: list[int] | None = None, mtime: int = 0
+) -> None:
+    """A vm.json in `top`. `times` of each chunk and its own `mtime` are in seconds; without, it is an old one."""
+    disk: dict[str, object] = {"name": name, "size": size, "chunk_size": chunk}
+    if times is not None:
+        disk["chunk_times"] = pack(array("q", [second * SECOND for second in times]))
+    (top / "vm.json").write_text(json.dumps({"format": 1, "mtime": mtime, "disks": [disk]}))
+    os.utime(top / "vm.json", (mtime, mtime))

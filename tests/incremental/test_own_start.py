@@ -68,7 +68,7 @@ async def read(copy: Copy, mount: Mount) -> None:
 
 @pytest.mark.parametrize(("tool", "end"), [(TAR, "committed"), (TAR, "killed"), (FIND, "rolled back")])
 async def test_what_changed_soon_after_the_last_run_is_read(
-    qemu: Qemu, tmp_path: Path, tool: tuple[str, str], end: str
+    qemu: Qemu, tmp_path: Path, tool: tuple[str, str], end: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy = Copy(tmp_path / "backup", *tool)
     async with bed(qemu, tmp_path) as lab:
@@ -82,6 +82,7 @@ async def test_what_changed_soon_after_the_last_run_is_read(
             image, now = tmp_path / f"{disk}.restored", await lab.disk(disk, tmp_path / f"{disk}.now")
             await aside(restore, copy.folder / "copy/chunks" / disk, image)
             await aside(assert_same, image, now)
+        assert "cannot be known" not in caplog.text
 
 
 async def test_what_did_not_change_is_still_not_read(qemu: Qemu, tmp_path: Path) -> None:

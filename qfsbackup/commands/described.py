@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What a restored vm.json says of a disk, and whether the restored chunks are that disk's, of that instant.
+
+A tool that died half-way leaves chunks of two instants in a copy that it updates in place; somebody may put files of
+two backups into one folder. Names and sizes do not tell, but times do: each mount's are its own, vm.json has that of
+every chunk, and backup tools restore them, in whole seconds at least.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qfsbackup.errors import EXIT_SYSTEM, UserError
+from qfsbackup.fs.chunk_times import SECOND, unpack
+from qfsbackup.fs.chunks import chunk_path
+from qfsbackup.fs.grid import count
+from qfsbackup.fs.names import file_name
+
+log = logging.getLogger(__name__)
+
+HINT = "Restore that folder again, as a whole, from one snapshot of the backup."
+NAMED = 5  # chunks that a message names
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A disk by vm.json; sizes in bytes."""
+
+    path: Path  # of vm.json
+    size: int
+    chunk: int
+    times: array[int] | None  # of each chunk, in seconds since the epoch; None: an older version wrote none
+    kept_time: bool  # has vm.json itself the time that the mount showed
+
+    @property
+    def chunks(self) -> int:
+        """How many there are."""
+        return count(self.size, self.chunk)
+
+
+def described(folder: Path) -> Described | None:
+    """What vm.json says of the disk whose chunks are in `folder`; None where there is none. Raises UserError."""
+    path = folder.parent.parent / "vm.json"
+    try:
+        mtime = path.stat().st_mtime_ns // SECOND
+        description = json.loads(path.read_bytes())
+        disks = {file_name(disk["name"]): disk for disk in description["disks"]}
+        if folder.name in disks:
+            return _disk(path, disks[folder.name], kept_time=description.get("mtime") == mtime)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path} cannot be read: {error}", "Restore it again, or move it away to do without.", EXIT_SYSTEM
+        ) from None
+    raise UserError(f"{path} knows no disk {folder.name}, so the two are not of one snapshot", HINT, EXIT_SYSTEM)
+
+
+def _disk(path: Path, disk: dict[str, Any], *, kept_time: bool) -> Described:
+    """Raises ValueError, TypeError, KeyError, ZeroDivisionError."""
+    size, chunk, times = int(disk["size"]), int(disk["chunk_size"]), disk.get("chunk_times")
+    chunks = count(size, chunk)
+    return Described(path, size, chunk, unpack(times["seconds"], times["chunks"], chunks) if times else None, kept_time)
+
+
+def check_together(folder: Path, times: Sequence[int], disk: Described | None, *, torn: bool) -> None:
+    """Raise UserError where a chunk has another time than vm.json says; `torn`: only say it.
+
+    `times` are those of the chunks in `folder`, as many as vm.json says. Where neither a chunk nor vm.json has the time
+    that it should have, a tool that keeps no times was at work: that is said too.
+    """
+    if disk is None:
+        log.warning(
+            "no %s: whether chunks are missing at the end, and whether all are of one backup, cannot be known."
+            " Let the tool restore it too",
+            folder.parent.parent / "vm.json",
+        )
+        return
+    if disk.times is None:
+        log.warning("%s is of an older version: whether the chunks are of one backup cannot be known", disk.path)
+        return
+    strangers = [number for number, (own, said) in enumerate(zip(times, disk.times, strict=True)) if own != said]
+    if not strangers:
+        return
+    if len(strangers) == len(times) and not disk.kept_time:
+        log.warning(
+            "the files' times were not kept: whether the chunks in %s are of one backup cannot be known", folder
+        )
+        return
+    names = ", ".join(map(chunk_path, strangers[:NAMED])) + (", ..." if len(strangers) > NAMED else "")
+    what = f"{len(strangers)} of the {len(times)} chunks in {folder} are not of the backup in vm.json: {names}"
+    if not torn:
+        raise UserError(what, f"{HINT} Or take them as they are: --torn", EXIT_SYSTEM)
+    log.warning("%s; restoring them all the same", what)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -26,6 +26,7 @@ from qfsbackup.vm.fleecing import free_space
 from qfsbackup.vm.freeze import Freeze
 from qfsbackup.vm.graph import Machine, look
 from qfsbackup.vm.leftovers import remove_leftovers, remove_marked
+from qfsbackup.vm.node import undoing
 from qfsbackup.vm.presence import listens
 from qfsbackup.vm.qmp import Qmp, QmpError, connect
 from qfsbackup.vm.recording import MAP
@@ -112,7 +113,8 @@ class QemuSource:
         )
         taken = await stack.enter_async_context(taking)
         self._count(taken)
-        return self._facts(machine, taken, config)
+        snapshot = self._facts(machine, taken, config)
+        return replace(snapshot, keep=partial(self._keep, qmp, taken, known)) if known else snapshot
 
     async def _remove_marked(self, qmp: Qmp, machine: Machine) -> None:
         if self.committed:
@@ -125,6 +127,16 @@ class QemuSource:
         known = await self.checkpoint.known(machine.uuid, vm_name(self.vm, machine, self.socket))
         report(await remove_leftovers(qmp, known.store, known.committed))
         return known
+
+    async def _keep(self, qmp: Qmp, taken: Taken, known: Known) -> None:
+        """Bases that were replaced go, also from where they are now, should disks have changed their names."""
+        await taken.keep()
+        points = {served.disk.name: served.checkpoint for served in taken.served if served.checkpoint}
+        replaced = {base.generation for name, base in known.bases.items() if name in points}
+        committed = (set(known.committed) - replaced) | {point.generation for point in points.values()}
+        with undoing("remove the bases that were replaced"):
+            for line in (await remove_leftovers(qmp, known.store, committed)).removed:
+                log.info("%s", line)
 
     def _gone(self, reason: str) -> None:
         self.status.vm_gone = reason
@@ -151,7 +163,6 @@ class QemuSource:
             pause_ms=taken.pause_ms,
             details={"qemu": ".".join(map(str, machine.version)), "disks_left_out": left},
             config=config,
-            keep=taken.keep if self.checkpoint else None,
         )
 
     def _export(self, machine: Machine, served: Served) -> Export:

@@ -30,10 +30,12 @@ def source(
     base: str | None = None,
     target: str = "nas",
     also_committed: Collection[str] = (),
+    also_based: Collection[str] = (),
     **more: Any,
 ) -> QemuSource:
     """A source that starts a backup, from the backup `base` on all disks if there is one."""
     bases = {disk.id: Base(own(base, disk.id), SIZE, content(disk)) for disk in vm.disks} if base else {}
+    bases |= {name: Base(own(base or OLD, name), SIZE) for name in also_based}
     kept = {base.generation for base in bases.values()}
 
     async def known(_uuid: str | None, _name: str) -> Known:

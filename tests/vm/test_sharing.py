@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A disk that others may write to has no complete bitmap; one image behind two devices cannot be filtered."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from qfsbackup.errors import UserError
+from tests.harness.disk import MIB, Disk
+from tests.harness.qemu import Qemu, run_img
+from tests.harness.vm import running_vm
+from tests.vm.checkpoints import NEW, OLD, SIZE, committed, names, source
+from tests.vm.support import held, make_source
+
+
+def attached(name: str, path: Path, device: dict[str, object], **protocol: object) -> list[str]:
+    """QEMU's command line for a raw image `path` behind a device."""
+    file = {"driver": "file", "node-name": f"{name}-file", "filename": str(path), **protocol}
+    node = {"driver": "raw", "node-name": f"{name}-node", "file": f"{name}-file"}
+    nodes = ["-blockdev", json.dumps(file), "-blockdev", json.dumps(node)]
+    return [*nodes, "-device", json.dumps({"id": name, "drive": f"{name}-node", **device})]
+
+
+async def test_a_disk_that_others_may_write_to_is_never_incremental(
+    qemu: Qemu, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether its device says so, or QEMU does not lock the image. Its neighbour's chain goes on."""
+    scsi = {"driver": "scsi-hd", "share-rw": True}
+    arguments = ["-device", "virtio-scsi-pci"]
+    for name in ("vdb", "vdc", "vdd"):
+        await run_img(qemu, "create", "-q", "-f", "raw", tmp_path / name, "1M")
+    arguments += attached("vdb", tmp_path / "vdb", scsi)
+    arguments += attached("vdc", tmp_path / "vdc", {"driver": "virtio-blk-pci", "share-rw": True})
+    arguments += attached("vdd", tmp_path / "vdd", {"driver": "virtio-blk-pci"}, locking="off")
+    disks = [Disk("vda", tmp_path / "vda.raw", MIB)]
+    async with running_vm(qemu, tmp_path, disks, extra_args=arguments) as vm:
+        for generation, base, status in ((OLD, None, "new"), (NEW, OLD, "invalid")):
+            bases = {"vdb", "vdc", "vdd"} if base else set()
+            async with source(vm, tmp_path, generation, base, also_based=bases).snapshot() as snapshot:
+                exports = {export.disk: export for export in snapshot.exports}
+                assert snapshot.keep
+                await snapshot.keep()
+            assert exports["vda"].bitmap == ("reuse" if base else "new")
+            for name in ("vdb", "vdc", "vdd"):
+                assert (exports[name].bitmap, exports[name].dirty_context) == (status, None)
+                assert "others may write to it" in exports[name].bitmap_reason
+                assert exports[name].generation
+            assert {name.split()[0] for name in await names(vm)} == {"vda"}, "a bitmap that is not complete is none"
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    for name, why in (("vdb", "share-rw=on"), ("vdc", "share-rw=on"), ("vdd", str(tmp_path / "vdd"))):
+        assert any(f"disk {name}: " in line and why in line and "neither frozen" in line for line in warnings)
+
+
+async def test_the_base_of_a_disk_that_others_may_write_to_now_is_gone(qemu: Qemu, tmp_path: Path) -> None:
+    """Else it would count again once the others have left."""
+    disks = [Disk("vda", tmp_path / "vda.raw", SIZE, interface="virtio-scsi")]
+    disks += [Disk("vdb", tmp_path / "vdb.qcow2", SIZE, format="qcow2")]
+    async with running_vm(qemu, tmp_path, disks) as vm:
+        await committed(vm, tmp_path, OLD)
+        for shared in (True, False):
+            await vm.monitor.execute("device_del", id="vda")
+            await vm.monitor.event("DEVICE_DELETED", device="vda")
+            device = {"driver": "scsi-hd", "id": "vda", "drive": "vda-node", "bus": "scsi0.0", "share-rw": shared}
+            await vm.monitor.execute("device_add", device)
+            async with source(vm, tmp_path, NEW, OLD).snapshot() as snapshot:
+                assert {export.disk: export.bitmap for export in snapshot.exports} == {"vda": "invalid", "vdb": "reuse"}
+
+
+async def test_one_image_behind_two_devices_is_refused_with_both_their_names(qemu: Qemu, tmp_path: Path) -> None:
+    await run_img(qemu, "create", "-q", "-f", "raw", tmp_path / "both", "1M")
+    arguments = [
+        "-device",
+        "virtio-scsi-pci",
+        *attached("one", tmp_path / "both", {"driver": "scsi-hd", "share-rw": True}),
+    ]
+    arguments += ["-device", "scsi-hd,id=two,drive=one-node,share-rw=on"]
+    async with running_vm(qemu, tmp_path, [Disk("vda", tmp_path / "vda.raw", MIB)], extra_args=arguments) as vm:
+        before = await held(vm)
+        for chosen in ([], ["one"], ["two", "vda"]):
+            with pytest.raises(UserError, match="one and two are one disk behind 2 devices") as refused:
+                async with source(vm, tmp_path, NEW, disks=chosen).snapshot():
+                    pytest.fail("was not refused")
+            assert "exclude=one:two" in refused.value.hint
+        async with make_source(vm, tmp_path, exclude=["one", "two"]).snapshot() as snapshot:
+            assert [export.disk for export in snapshot.exports] == ["vda"]
+        assert await held(vm) == before

@@ -155,8 +155,8 @@ class Disk(Protocol):
 
     @property
     def seen(self) -> Seen:
-        """What readers were answered. The short cut notes its part by itself, at the latest when it has ended; for all
-        else whoever answers does, who knows whether the whole of an answer came."""
+        """What readers were answered. The short cut notes its part by itself; for all else whoever answers does, who
+        knows whether the whole of an answer came."""
         ...
 
     @property

@@ -21,7 +21,6 @@
 #define SLOTS 32      /* reads in flight */
 #define RECENT 64     /* ends of reads that are remembered */
 #define MOST_JOBS 32  /* of others, that are looked at */
-#define UNTOLD 256    /* answered reads that `told` has not been told of */
 
 typedef struct {
     int64_t cookie;
@@ -39,7 +38,7 @@ typedef struct {
     PyObject *blocked;           /* called where the socket did not take all of a request */
     PyObject *running, *waiting; /* a dict and a list: the jobs that go the ordinary way, with `start` and `end` */
     PyObject *advance;
-    PyObject *told;   /* takes what was answered, as bytes: start and end of each read */
+    PyObject *told;   /* called with the start and the end of what was answered */
     PyObject *status; /* `broken` is None as long as anything may be read */
     Py_buffer data;   /* borders as in ranges.py */
     unsigned long long size, unit, border;
@@ -47,8 +46,6 @@ typedef struct {
     Slot slot[SLOTS]; /* the first `in_flight` are in use */
     unsigned long long ends[RECENT];
     unsigned newest;
-    unsigned long long untold[UNTOLD][2];
-    int untold_reads;
     unsigned long long requests, asked, answered; /* counters; the latter two in bytes */
 } Lane;
 
@@ -200,27 +197,13 @@ static PyObject *lane_read(Lane *self, PyObject *const *arguments, Py_ssize_t co
     Py_RETURN_TRUE;
 }
 
-static void tell(Lane *self)
+static void tell(Lane *self, unsigned long long start, unsigned long long end)
 {
-    Py_ssize_t size = self->untold_reads * (Py_ssize_t)sizeof self->untold[0];
-    PyObject *result;
+    PyObject *result = self->told ? PyObject_CallFunction(self->told, "KK", start, end) : Py_NewRef(Py_None);
 
-    self->untold_reads = 0;
-    if (!size || !self->told)
-        return;
-    result = PyObject_CallFunction(self->told, "y#", (char *)self->untold, size);
     if (!result)
         PyErr_WriteUnraisable(self->told);
     Py_XDECREF(result);
-}
-
-/* Once the lane is closed somebody wants to know, so nothing is put off. */
-static void note_answered(Lane *self, unsigned long long start, unsigned long long end)
-{
-    self->untold[self->untold_reads][0] = start;
-    self->untold[self->untold_reads++][1] = end;
-    if (self->untold_reads == UNTOLD || self->closed)
-        tell(self);
 }
 
 /* Answers the read in a slot, which is then free. An answer that raises is reported and forgotten. */
@@ -235,7 +218,7 @@ static void settle(Lane *self, int index, int has_come)
     if (has_come) {
         content = PyMemoryView_FromMemory(slot.buffer + (slot.start - slot.first), slot.length, PyBUF_READ);
         self->answered += slot.length;
-        note_answered(self, slot.start, slot.start + slot.length);
+        tell(self, slot.start, slot.start + slot.length);
     }
     result = content ? PyObject_CallFunctionObjArgs(slot.answer, slot.token, content, NULL) : NULL;
     if (!result)
@@ -291,7 +274,6 @@ static PyObject *lane_meets(Lane *self, PyObject *const *arguments, Py_ssize_t c
 static PyObject *lane_close(Lane *self, PyObject *unused)
 {
     self->closed = 1;
-    tell(self);
     Py_RETURN_NONE;
 }
 
@@ -382,7 +364,7 @@ static PyMethodDef lane_methods[] = {
     {"receive", (PyCFunction)lane_receive, METH_NOARGS,
      "receive(): take the replies that are there; False where none is awaited, or the connection is dead."},
     {"meets", (PyCFunction)(void (*)(void))lane_meets, METH_FASTCALL, "meets(start, end): a read that is in flight?"},
-    {"close", (PyCFunction)lane_close, METH_NOARGS, "close(): take no more reads; `told` hears of all that were answered."},
+    {"close", (PyCFunction)lane_close, METH_NOARGS, "close(): take no more reads."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -20,7 +20,7 @@ class Lane:
         advance: Callable[[], None],
         status: Any,
         data: array[int],
-        told: Callable[[bytes], None],
+        told: Callable[[int, int], None],
         size: int,
         unit: int,
         border: int,

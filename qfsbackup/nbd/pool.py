@@ -60,7 +60,7 @@ class Pool:
         sizes = own.size, own.minimum, self.limit
         others = jobs.running, jobs.waiting, jobs.advance
         try:
-            self.lane = Lane(own.handle, own.send_later, *others, mount, data.borders, seen.add_borders, *sizes)
+            self.lane = Lane(own.handle, own.send_later, *others, mount, data.borders, seen.add, *sizes)
         except (AttributeError, ValueError) as error:  # where it keeps its handle is libnbd's own affair
             log.warning("this libnbd does not let small random reads go the short way: %s", error)
             return

@@ -75,13 +75,11 @@ async def test_a_small_read_gives_the_bytes_and_is_counted(qemu: Qemu, tmp_path:
         assert counters.nbd_requests == 0
 
 
-async def test_what_was_answered_is_told_once_it_has_ended(qemu: Qemu, tmp_path: Path) -> None:
-    reads = [(start, start + 512) for start in range(0, 300 * 4096, 4096)]  # more than are told at once
+async def test_what_was_answered_is_noted(qemu: Qemu, tmp_path: Path) -> None:
+    reads = [(start, start + 512) for start in range(0, 4 * 4096, 4096)]
     async with served(qemu, tmp_path) as server, opened(server.uri, SIZE) as (disk, _):
         for start, _end in reads:
             assert await short(disk, start, 512) is not None
-        assert 0 < len(disk.seen.ranges()) < len(reads)
-        disk.end_short_cut()
         assert list(disk.seen.ranges()) == reads
     (tmp_path / "slow").mkdir()
     async with slow(tmp_path / "slow") as (disk, _):

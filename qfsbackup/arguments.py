@@ -71,6 +71,9 @@ options, comma separated after -o:
 All others that a mount takes are accepted and do nothing.
 """
 
+CHECKPOINTS_USAGE = """\
+qfsbackup checkpoints SOURCE|IMAGE.qcow2 [-o OPTIONS] [-v]
+                             [--delete TARGET [--others]]"""
 RUN_USAGE = "qfsbackup run SOURCE [-o OPTIONS] [--mountpoint DIR] [-v] -- COMMAND..."
 RUN_EXAMPLE = "qfsbackup run SOURCE -o target=nas -- restic backup chunks config vm.json"
 
@@ -161,7 +164,7 @@ def _looking_parsers(commands: argparse._SubParsersAction[Parser]) -> None:
     status.add_argument("--json", action="store_true", help="for programs; the README documents the shape")
     points = _command(commands, "checkpoints", "what each target has committed of a VM", CHECKPOINTS_HELP)
     _source(points)
-    points.usage = "qfsbackup checkpoints SOURCE|IMAGE.qcow2 [-o OPTIONS] [--delete TARGET [--others]] [-v]"
+    points.usage = CHECKPOINTS_USAGE
     points.add_argument("--delete", metavar="TARGET", help="forget a target: its next backup is a full one")
     points.add_argument("--others", action="store_true", help="also what another state folder or VM made for TARGET")
 

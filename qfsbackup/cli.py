@@ -23,7 +23,8 @@ from qfsbackup.commands.run import default_mountpoint, make_mountpoint, run
 from qfsbackup.commands.status import as_json, as_text, collect
 from qfsbackup.commands.umount import umount_and_wait
 from qfsbackup.console import open_standard_descriptors, output, reported
-from qfsbackup.errors import EXIT_SYSTEM, UserError
+from qfsbackup.errors import EXIT_RUN, EXIT_SYSTEM, EXIT_USAGE, UserError
+from qfsbackup.sources.name import absolute
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,12 +61,7 @@ def _is_from_mount_fuse(words: list[str]) -> bool:
 
 
 def _request(arguments: argparse.Namespace, mountpoint: Path, level: int) -> MountRequest:
-    return MountRequest(_absolute(arguments.source), mountpoint.absolute(), tuple(arguments.options), level)
-
-
-def _absolute(source: str) -> str:
-    """A source as it is called from every folder: `cleanup` must find what `mount` named."""
-    return source if "://" in source else str(Path(source.removeprefix("qmp:")).absolute())
+    return MountRequest(absolute(arguments.source), mountpoint.absolute(), tuple(arguments.options), level)
 
 
 def _mount(arguments: argparse.Namespace, level: int) -> int:
@@ -78,8 +74,12 @@ def _mount(arguments: argparse.Namespace, level: int) -> int:
 
 
 def _run(arguments: argparse.Namespace, command: list[str], level: int) -> int:
-    mountpoint = arguments.mountpoint or make_mountpoint(default_mountpoint(_absolute(arguments.source)))
-    request = _request(arguments, mountpoint, level)
+    try:
+        mountpoint = arguments.mountpoint or make_mountpoint(default_mountpoint(absolute(arguments.source)))
+        request = _request(arguments, mountpoint, level)
+    except UserError as error:
+        error.exit_code = EXIT_USAGE if error.exit_code == EXIT_USAGE else EXIT_RUN
+        raise
     return run(request, command, discarded_on_purpose=arguments.discarded_on_purpose)
 
 
@@ -89,7 +89,7 @@ def _commit(arguments: argparse.Namespace, _level: int) -> int:
 
 
 def _checkpoints(arguments: argparse.Namespace, _level: int) -> int:
-    source = _absolute(arguments.source)
+    source = absolute(arguments.source)
     if arguments.delete:
         output(*delete_checkpoint(source, arguments.options, arguments.delete, others=arguments.others))
     else:
@@ -124,7 +124,7 @@ def _status(arguments: argparse.Namespace, _level: int) -> int:
 
 
 def _cleanup(arguments: argparse.Namespace, _level: int) -> int:
-    output(*cleanup(_absolute(arguments.source), arguments.options))
+    output(*cleanup(absolute(arguments.source), arguments.options))
     return 0
 
 

@@ -31,7 +31,7 @@ from qfsbackup.notify import STOPPING, notify
 from qfsbackup.options import Options
 from qfsbackup.runtime import runtime_folder
 from qfsbackup.signals import HANDED_ON, TELLING, acted_on
-from qfsbackup.sources.qemu import QemuSource, qmp_path
+from qfsbackup.sources.qemu import QemuSource
 from qfsbackup.sources.uri import UriSource, is_nbd_uri
 from qfsbackup.stacks import all_stacks
 from qfsbackup.status import Status
@@ -140,7 +140,7 @@ def _find_source(source: str, runtime: Path, options: Options, status: Status, c
             vm=options.vm,
         )
     return QemuSource(
-        socket=qmp_path(source),
+        socket=Path(source),
         runtime=runtime,
         fleece=options.fleece,
         status=status,

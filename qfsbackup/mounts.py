@@ -8,6 +8,8 @@ import errno
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,22 +23,31 @@ LINKS = 40  # symbolic links that a path is followed through, as the kernel does
 
 @dataclass(frozen=True, slots=True)
 class Mount:
-    """One line of /proc/self/mountinfo."""
+    """One line of a process's /proc/PID/mountinfo."""
 
     id: int  # the kernel's; unique while the mount lasts
+    device: str  # the file system's number; the same in every mount namespace that has a copy of the mount
     source: str
     mountpoint: Path
+    process: int | None = None  # one that sees it, where it lies in another mount namespace than ours
+
+    @property
+    def path(self) -> Path:
+        """Where we find it; see proc(5) for a process's `root`."""
+        if self.process is None:
+            return self.mountpoint
+        return Path(f"/proc/{self.process}/root{self.mountpoint}")
 
     def status(self) -> dict[str, Any]:
-        """The live status.json. Raises OSError where the mount is dead."""
-        content = (self.mountpoint / ".qfsbackup" / "status.json").read_text()
+        """The live status.json. Raises OSError where the mount is dead, PermissionError where we may not look."""
+        content = (self.path / ".qfsbackup" / "status.json").read_text()
         status: dict[str, Any] = json.loads(content)
         return status
 
 
 def our_mounts() -> list[Mount]:
     """Every qfsbackup mount in this mount namespace, in the order they were made."""
-    return [mount for line in _table() if (mount := _parse(line))]
+    return _parsed(_table())
 
 
 def _table() -> list[str]:
@@ -49,14 +60,57 @@ def _table() -> list[str]:
         ) from None
 
 
-def _parse(line: str) -> Mount | None:
+def mounts_elsewhere() -> list[Mount]:
+    """Those which only processes in other mount namespaces see (a container's, say), as far as we may look."""
+    seen = {mount.device for mount in our_mounts()}
+    found = []
+    for process in _other_namespaces():
+        for mount in mounts_seen_by(process):
+            if mount.device not in seen:
+                found.append(mount)
+                seen.add(mount.device)
+    return found
+
+
+def mounts_seen_by(process: int) -> list[Mount]:
+    """Every qfsbackup mount in the mount namespace of this process, none where it is gone or hidden from us."""
+    elsewhere = _namespace(str(process)) != _namespace("self")
+    with suppress(OSError):
+        table = Path(f"/proc/{process}/mountinfo").read_text().splitlines()
+        return _parsed(table, process if elsewhere else None)
+    return []
+
+
+def _other_namespaces() -> Iterator[int]:
+    """A process in each mount namespace but ours."""
+    seen = {_namespace("self")}
+    for folder in Path("/proc").glob("[0-9]*"):
+        namespace = _namespace(folder.name)
+        if namespace is not None and namespace not in seen:
+            seen.add(namespace)
+            yield int(folder.name)
+
+
+def _namespace(process: str) -> str | None:
+    """None where it is gone, or not ours to see."""
+    try:
+        return os.readlink(f"/proc/{process}/ns/mnt")  # noqa: PTH115  # it is no path
+    except OSError:
+        return None
+
+
+def _parsed(lines: list[str], process: int | None = None) -> list[Mount]:
+    return [mount for line in lines if (mount := _parse(line, process))]
+
+
+def _parse(line: str, process: int | None) -> Mount | None:
     """proc(5): `ID PARENT MAJOR:MINOR ROOT MOUNTPOINT OPTIONS [TAGS...] - TYPE SOURCE SUPEROPTIONS`."""
     before, _, after = line.partition(" - ")
     kind, source = after.split(" ")[:2]
     if kind != "fuse.qfsbackup":
         return None
-    number, *_, mountpoint = before.split(" ")[:5]
-    return Mount(int(number), _unescape(source), Path(_unescape(mountpoint)))
+    number, _parent, device, _root, mountpoint = before.split(" ")[:5]
+    return Mount(int(number), device, _unescape(source), Path(_unescape(mountpoint)), process)
 
 
 def mountpoints_of(devices: set[int]) -> list[Path]:
@@ -92,6 +146,13 @@ def find_mount(directory: Path) -> Mount:
     for mount in reversed(our_mounts()):
         if mount.mountpoint == path:
             return mount
+    for mount in mounts_elsewhere():
+        if mount.mountpoint == path:
+            raise UserError(
+                f"no snapshot is mounted at {directory} here, but in the mount namespace of process {mount.process}",
+                f"Go there: nsenter --target {mount.process} --mount umount {mount.mountpoint}",
+                EXIT_SYSTEM,
+            )
     raise UserError(f"no snapshot is mounted at {directory}", "`qfsbackup status` lists the mounted ones.", EXIT_SYSTEM)
 
 

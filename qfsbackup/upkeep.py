@@ -15,7 +15,7 @@ from qfsbackup.errors import EXIT_USAGE, UserError
 from qfsbackup.model import Base, Committed
 from qfsbackup.options import Options
 from qfsbackup.runtime import sweep
-from qfsbackup.sources.qemu import qmp_path, vm_name
+from qfsbackup.sources.qemu import vm_name
 from qfsbackup.sources.uri import is_nbd_uri
 from qfsbackup.state.store import DiskState, Store, find_store
 from qfsbackup.vm.bitmaps import bitmap_name, count, problem
@@ -56,7 +56,7 @@ def forget(source: str, options: Options, target: str, *, others: bool) -> list[
 
 def _with_vm(source: str, work: Callable[[Path, Qmp], Awaitable[T]]) -> T:
     """Run `work` with a QMP session of the VM behind `source`. Raises UserError."""
-    path = qmp_path(source)
+    path = Path(source)
 
     async def session() -> T:
         async with connect(path, on_gone=log.debug) as qmp:

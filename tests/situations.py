@@ -4,14 +4,19 @@ the same stands there afterwards."""
 
 import contextlib
 import os
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import trio
+
 from tests.e2e.support import runtime_folder
 from tests.harness.disk import MIB, Disk
+from tests.harness.files import opened_to_all
+from tests.harness.monitor import Lines
 from tests.harness.mount import PROGRAM, Result, command, mounted, processes_of, taken_away
 from tests.harness.qemu import Qemu
 from tests.harness.vm import Vm, running_vm
@@ -35,12 +40,12 @@ class Place:
 
     async def do(self, line: str) -> Result:
         """Run a line of sh there."""
-        environment = {
-            "PATH": f"{PROGRAM.parent}:{os.environ['PATH']}",
-            "QMP": str(self.qmp),
-            "MNT": str(self.mountpoint),
-        }
-        return await command("/bin/sh", "-c", line, cwd=self.folder, environment=environment)
+        return await command("/bin/sh", "-c", line, cwd=self.folder, environment=self.environment())
+
+    def environment(self) -> dict[str, str]:
+        """What a line of sh knows there."""
+        places = {"QMP": str(self.qmp), "MNT": str(self.mountpoint)}
+        return {**os.environ, **places, "PATH": f"{PROGRAM.parent}:{os.environ['PATH']}"}
 
     async def left(self) -> dict[str, Any]:
         """All that a mistake could leave: in QEMU, the mounts, the processes."""
@@ -80,6 +85,63 @@ async def a_vm(qemu: Qemu, folder: Path) -> AsyncIterator[Place]:
 
 @contextlib.asynccontextmanager
 async def a_mounted_vm(qemu: Qemu, folder: Path) -> AsyncIterator[Place]:
-    """The same, mounted without a target at ./first."""
-    async with a_vm(qemu, folder) as place, mounted(place.qmp, folder / "first", f"fleece={folder}"):
+    """The same, mounted at $MNT; all may enter the folders above, as on most machines."""
+    async with a_vm(qemu, folder) as place, mounted(place.qmp, place.mountpoint, f"fleece={folder}"):
+        with opened_to_all(folder):
+            yield place
+
+
+@contextlib.asynccontextmanager
+async def a_vm_mounted_elsewhere(qemu: Qemu, folder: Path) -> AsyncIterator[Place]:
+    """The same in a mount namespace of its own, as a container has it."""
+    async with a_vm(qemu, folder) as place:
+        script = 'qfsbackup mount "$QMP" "$MNT" && echo mounted && read end && umount "$MNT"'
+        words = ["unshare", "--mount", "--propagation", "private", "/bin/sh", "-c", script]
+        async with spoken_to(words, place.environment()) as process:
+            assert await process.says() == "mounted"
+            yield place
+
+
+@contextlib.asynccontextmanager
+async def a_backup_at_work(qemu: Qemu, folder: Path) -> AsyncIterator[Place]:
+    """`qfsbackup run` at $MNT, whose command does not end."""
+    async with a_vm(qemu, folder) as place:
+        script = 'qfsbackup run "$QMP" --mountpoint "$MNT" -- sh -c "echo runs; read end"'
+        async with spoken_to(["/bin/sh", "-c", script], place.environment()) as process:
+            assert await process.says() == "runs"
+            yield place
+
+
+@contextlib.asynccontextmanager
+async def a_vm_of_others(qemu: Qemu, folder: Path) -> AsyncIterator[Place]:
+    """Another program has the VM's QMP socket: this test's."""
+    async with a_vm(qemu, folder) as place, await trio.open_unix_socket(str(place.qmp)) as stream:
+        await stream.receive_some(1)
         yield place
+
+
+class Spoken:
+    """A child that says lines and waits for ours."""
+
+    def __init__(self, process: trio.Process) -> None:
+        assert process.stdout
+        self._lines = Lines(process.stdout)
+
+    async def says(self) -> str:
+        """Its next line."""
+        return (await self._lines.next() or b"").decode()
+
+
+@contextlib.asynccontextmanager
+async def spoken_to(words: list[str], environment: dict[str, str]) -> AsyncIterator[Spoken]:
+    """A child for the length of the block, which ends when its standard input gets a line."""
+    process = await trio.lowlevel.open_process(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+    )
+    assert process.stdin
+    try:
+        yield Spoken(process)
+    finally:
+        with trio.move_on_after(20, shield=True), contextlib.suppress(trio.BrokenResourceError):
+            await process.stdin.send_all(b"end\n")
+            await process.wait()

@@ -3,7 +3,7 @@
 
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import trio
 
+from tests.harness.files import opened_to_all
 from tests.harness.mount import (
     DONE,
     PROGRAM,
@@ -201,20 +202,6 @@ async def test_without_permission_nothing_is_mounted(vm: Vm) -> None:
     with opened_to_all(vm.qmp.parent):
         done = await command(*as_user(USER, PROGRAM, "mount", vm.qmp, "/mnt"))
     done.refused(1, "needs root")
-
-
-@contextlib.contextmanager
-def opened_to_all(folder: Path) -> Iterator[None]:
-    """Let every user enter a folder of pytest's, and what stands above it."""
-    folders = [path for path in (folder, *folder.parents) if not path.stat().st_mode & 0o001]
-    modes = [path.stat().st_mode for path in folders]
-    for path in folders:
-        path.chmod(0o711)
-    try:
-        yield
-    finally:
-        for path, mode in zip(folders, modes, strict=True):
-            path.chmod(mode)
 
 
 @pytest.mark.one_qemu

@@ -17,7 +17,16 @@ from pathlib import Path
 import pytest
 
 from tests.harness.qemu import Qemu
-from tests.situations import Place, Situation, a_vm, no_vm
+from tests.situations import (
+    Place,
+    Situation,
+    a_backup_at_work,
+    a_mounted_vm,
+    a_vm,
+    a_vm_mounted_elsewhere,
+    a_vm_of_others,
+    no_vm,
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ def mistake(line: str, code: int, *words: str, lines: int = 2) -> Mistake:
 
 ANY = -1
 UMOUNT = "qfsbackup umount $MNT"
+USER = "setpriv --reuid=41234 --regid=41234 --clear-groups --inh-caps=-all --"
 CLOSED = ("<&-", ">&-", "2>&-", "<&- >&- 2>&-")
 
 NO_VM = [
@@ -61,6 +71,27 @@ NO_VM = [
     mistake("qfsbackup run a.qmp -o target=nas restic backup", 1, "no -- before restic", "qfsbackup run SOURCE -o"),
     mistake("qfsbackup run a.qmp --", 1, "no command"),
     mistake("qfsbackup run a.qmp --wrong -- true", 1, "--wrong"),
+    # what SOURCE is not
+    mistake("qfsbackup mount '' $MNT", 1, "SOURCE is empty", "NBD URI"),
+    mistake("qfsbackup mount qmp: $MNT", 1, "SOURCE is empty"),
+    mistake("qfsbackup mount web1 $MNT", 32, "no socket web1 in this folder", "the name of a VM does not do"),
+    mistake("qfsbackup run 100 -- true", 125, "no socket 100 in this folder"),
+    mistake("qfsbackup mount libvirt:web1 $MNT", 1, "no source is called libvirt:", "QMP socket for backups"),
+    mistake("qfsbackup mount pve:100 $MNT", 1, "no source is called pve:", "QMP socket for backups"),
+    mistake("qfsbackup run pve://100 -- true", 1, "no source is called pve:"),
+    mistake("qfsbackup mount image:disk.qcow2 $MNT", 1, "no source is called image:", "qemu-nbd --read-only"),
+    mistake("qfsbackup mount http://host/disk $MNT", 1, "no source is called http:", "nbd+unix"),
+    mistake("qfsbackup mount localhost:4444 $MNT", 1, "is a host and a port", "nbd://localhost:4444"),
+    mistake("qfsbackup cleanup tcp:127.0.0.1:4444", 1, "is a host and a port", "unix socket only"),
+    mistake("qfsbackup mount . $MNT", 32, "is a folder", "Name the socket itself"),
+    mistake("mkfifo fifo; qfsbackup mount fifo $MNT", 32, "is a file, not a VM's QMP socket"),
+    mistake("echo text > file; qfsbackup mount file $MNT", 32, "is a file, not a VM's QMP socket"),
+    mistake("truncate -s 1M disk.raw; qfsbackup mount disk.raw $MNT", 32, "is a disk image", "qemu-nbd --read-only"),
+    mistake(
+        "qemu-img create -q -f qcow2 d 1M; qfsbackup cleanup d", 32, "is a disk image", "name that VM's QMP socket"
+    ),
+    mistake("qfsbackup mount $QMP $MNT", 32, "No such file or directory", "Is the VM running"),
+    mistake("qfsbackup run $QMP -- true", 125, "No such file or directory", "Is the VM running"),
     # where the output goes
     mistake("qfsbackup status > /dev/full", 2, "cannot write the output: No space left on device"),
     mistake("qfsbackup status --json > /dev/full", 2, "cannot write the output"),
@@ -82,7 +113,81 @@ VM = [
     mistake("qfsbackup cleanup $QMP <&- >&- 2>&-", 0, lines=0),
 ]
 
-TABLE: list[tuple[Situation, list[Mistake]]] = [(no_vm, NO_VM), (a_vm, VM)]
+VM += [
+    mistake("qfsbackup mount . $MNT", 32, "is a folder, not a VM's QMP socket", "The sockets in it: ", "vm.qmp"),
+    # what run is to run: found before anything is done
+    mistake("qfsbackup run $QMP -- no-such-program", 125, "cannot run no-such-program: no such command", "in the PATH"),
+    mistake("qfsbackup run $QMP -- 'rsync -a chunks'", 125, "no such command", "Leave the quotes out"),
+    mistake("qfsbackup run $QMP -- ./no/such", 125, "cannot run ./no/such: no such file", "from where you are now"),
+    mistake("echo > script; qfsbackup run $QMP -- ./script", 125, "it is not executable", "chmod +x ./script"),
+    mistake("qfsbackup run $QMP -- $MNT/", 125, "it is a folder"),
+    mistake("echo '#!/no/sh' > s; chmod +x s; qfsbackup run $QMP -- ./s", 125, "names /no/sh, which is not there"),
+    mistake("echo x > t; chmod +x t; qfsbackup run $QMP --mountpoint $MNT -- ./t", 125, "Exec format error", lines=ANY),
+    mistake(
+        "echo '#!/bin/sh' > u; chmod +x u; qfsbackup run $QMP --mountpoint $MNT -- ./u", 0, "took a snapshot", lines=ANY
+    ),
+    # a loop device on an image
+    mistake(
+        f"qfsbackup mount $QMP $MNT; L=$(losetup -r -f --show $MNT/images/vda.raw); {UMOUNT}; c=$?;"
+        f" losetup -d $L; {UMOUNT}; exit $c",
+        32,
+        "is busy: /dev/loop",
+        "losetup -d /dev/loop",
+    ),
+]
+
+AT_WORK = ("is being backed up: `qfsbackup run` is at work (process ", "Wait for its end")
+
+MOUNTED = [
+    *(
+        mistake(line, code, "is already mounted at", "/mnt by process ", "Unmount it first: qfsbackup umount")
+        for line, code in (
+            ("mkdir other; qfsbackup mount $QMP other", 32),
+            ("qfsbackup mount $QMP $MNT", 32),
+            ("ln -s $QMP link; qfsbackup cleanup link", 32),
+            ("qfsbackup run $QMP -- true", 125),
+            ("qfsbackup checkpoints $QMP", 32),
+        )
+    ),
+    mistake("qfsbackup commit $MNT", 1, "mounted without a target"),
+    # who is not root
+    mistake(
+        f"{USER} qfsbackup status | grep -q 'unknown$' && {USER} qfsbackup status | grep -q 'only root'", 0, lines=0
+    ),
+    mistake(f"{USER} qfsbackup status | grep -q cleanup", 1, lines=0),
+    mistake(f"{USER} qfsbackup umount $MNT", 1, "is not yours", "takes root"),
+]
+
+ELSEWHERE = [
+    mistake("qfsbackup status | grep -A 1 $MNT | grep -q 'in another mount namespace, that of process '", 0, lines=0),
+    mistake('qfsbackup status --json | grep -q \'"state": "ready"\'', 0, lines=0),
+    mistake("qfsbackup umount $MNT", 2, "in the mount namespace of process ", "nsenter --target"),
+    mistake("qfsbackup mount $QMP $MNT", 32, "in another mount namespace", "nsenter --target"),
+    mistake("qfsbackup cleanup $QMP", 32, "in another mount namespace", "nsenter --target"),
+]
+
+AT_WORK_ON_IT = [
+    mistake("qfsbackup run $QMP --mountpoint $MNT -- true", 125, *AT_WORK),
+    mistake("qfsbackup run $QMP -- true", 125, *AT_WORK),
+    mistake("mkdir other; qfsbackup mount $QMP other", 32, *AT_WORK),
+    mistake("qfsbackup cleanup $QMP", 32, *AT_WORK),
+    mistake("qfsbackup checkpoints $QMP", 32, *AT_WORK),
+]
+
+OTHERS = [
+    mistake("qfsbackup mount $QMP $MNT", 32, "(process ", ") holds the QMP socket", "one more QMP socket"),
+    mistake("qfsbackup run $QMP -- true", 125, ") holds the QMP socket", "one more QMP socket"),
+    mistake("qfsbackup cleanup $QMP", 32, ") holds the QMP socket", "one more QMP socket"),
+]
+
+TABLE: list[tuple[Situation, list[Mistake]]] = [
+    (no_vm, NO_VM),
+    (a_vm, VM),
+    (a_mounted_vm, MOUNTED),
+    (a_vm_mounted_elsewhere, ELSEWHERE),
+    (a_backup_at_work, AT_WORK_ON_IT),
+    (a_vm_of_others, OTHERS),
+]
 
 
 @pytest.mark.one_qemu

@@ -8,27 +8,45 @@ from pathlib import Path
 from typing import Any
 
 from qfsbackup.log import printable
-from qfsbackup.mounts import Mount, find_mount, our_mounts
+from qfsbackup.mounts import Mount, find_mount, mounts_elsewhere, our_mounts
 from qfsbackup.status import FORMAT
 
 
 def collect(directory: Path | None) -> list[dict[str, Any]]:
-    """The status of the mount at `directory`, or of all. A dead mount's has `state` `dead` and what is known."""
-    mounts = our_mounts() if directory is None else [find_mount(directory)]
-    return [_status(mount) for mount in mounts]
+    """The status of the mount at `directory`, or of all, those in other mount namespaces too.
+
+    Where the mount itself does not tell it there is what the kernel knows of it: `state` is `dead`, or `unknown` for
+    who may not look.
+    """
+    mounts = [*our_mounts(), *mounts_elsewhere()] if directory is None else [find_mount(directory)]
+    return [{**_status(mount), **_place(mount)} for mount in mounts]
 
 
 def _status(mount: Mount) -> dict[str, Any]:
     try:
-        return mount.status()
+        status = mount.status()
+    except PermissionError:
+        return _from_outside(mount, "unknown", "only root, or who mounted it, may look into it")
     except OSError as error:
-        return {
-            "format": FORMAT,
-            "source": mount.source,
-            "mountpoint": str(mount.mountpoint),
-            "state": "dead",
-            "broken": error.strerror,
-        }
+        return _from_outside(mount, "dead", error.strerror or str(error))
+    if status.get("format") != FORMAT:
+        return _from_outside(mount, "unknown", "another version of qfsbackup mounted it")
+    return status
+
+
+def _from_outside(mount: Mount, state: str, reason: str) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "source": mount.source,
+        "mountpoint": str(mount.mountpoint),
+        "state": state,
+        "broken": reason if state == "dead" else None,
+        "reason": reason,
+    }
+
+
+def _place(mount: Mount) -> dict[str, Any]:
+    return {"namespace_of": mount.process}
 
 
 def as_json(statuses: list[dict[str, Any]]) -> str:
@@ -43,6 +61,10 @@ def as_text(statuses: list[dict[str, Any]]) -> str:
 
 def _mount_text(status: dict[str, Any]) -> str:
     lines = ["  ".join(printable(status[key]) for key in ("mountpoint", "source", "state"))]
+    if status["namespace_of"] is not None:
+        lines.append(f"  in another mount namespace, that of process {status['namespace_of']}")
+    if status["state"] == "unknown":
+        return "\n".join([*lines, f"  {status['reason']}"])
     if status["broken"]:
         lines.append(f"  broken: {printable(status['broken'])}")
     if status["state"] == "dead":

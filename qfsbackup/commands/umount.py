@@ -12,20 +12,45 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from qfsbackup.errors import EXIT_SYSTEM, UserError
-from qfsbackup.mounts import MNT_DETACH, Mount, find_mount, umount
+from qfsbackup.errors import EXIT_SYSTEM, EXIT_USAGE, UserError
+from qfsbackup.mounts import MNT_DETACH, Mount, find_mount, mountpoints_of, umount
 
 DEADLINE = 60.0  # seconds; tearing down waits for QEMU, which may be busy
 
 
 class BusyError(UserError):
-    """A program still has a file open, or its working directory, in the mount."""
+    """A program still has a file open, or its working directory, in the mount; or a loop device shows a file of it."""
 
     def __init__(self, mountpoint: Path) -> None:
-        super().__init__(
-            f"{mountpoint} is busy: a program still uses it",
-            f"End it (fuser -vm {mountpoint} names it), then unmount again.",
-        )
+        loops = _loops_on(mountpoint)
+        if loops:
+            names = " ".join(f"/dev/{loop.name}" for loop in loops)
+            places = " ".join(str(place) for place in mountpoints_of(set().union(*map(_numbers, loops))))
+            super().__init__(
+                f"{mountpoint} is busy: {names} shows a file of it",
+                f"Give it back, then unmount again: {f'umount {places}; ' if places else ''}losetup -d {names}",
+            )
+        else:
+            super().__init__(
+                f"{mountpoint} is busy: a program still uses it",
+                f"End it (fuser -vm {mountpoint} names it), then unmount again.",
+            )
+
+
+def _loops_on(mountpoint: Path) -> list[Path]:
+    """The loop devices, as folders below /sys/block, that show a file of the mount; fuser(1) cannot name them."""
+    found = []
+    for file in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
+        with suppress(OSError):
+            if file.read_text().startswith(f"{mountpoint}/"):
+                found.append(file.parent.parent)
+    return found
+
+
+def _numbers(loop: Path) -> set[int]:
+    """Of the device and its partitions, as in st_rdev."""
+    texts = [file.read_text() for file in (loop / "dev", *loop.glob("loop*p*/dev"))]
+    return {os.makedev(*map(int, text.split(":"))) for text in texts}
 
 
 def umount_and_wait(directory: Path) -> dict[str, Any]:
@@ -50,6 +75,10 @@ def end_and_wait(directory: Path) -> None:
 def _last_status(mount: Mount) -> dict[str, Any]:
     try:
         return mount.status()
+    except PermissionError:
+        raise UserError(
+            f"the mount at {mount.mountpoint} is not yours", "Unmounting takes root, or who mounted it.", EXIT_USAGE
+        ) from None
     except OSError:
         umount(mount.mountpoint, MNT_DETACH)
         raise UserError(

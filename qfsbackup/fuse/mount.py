@@ -23,7 +23,8 @@ from qfsbackup.fs.tree import Tree
 from qfsbackup.fuse import _ops
 from qfsbackup.fuse.operations import Operations, Owner
 from qfsbackup.model import Sockets
-from qfsbackup.mounts import MOUNTINFO, detach_dead, our_mounts
+from qfsbackup.mounts import MOUNTINFO, detach_dead, find_mount, our_mounts
+from qfsbackup.vm.holder import held_by
 
 log = logging.getLogger(__name__)
 
@@ -132,4 +133,12 @@ def check_mountpoint(mountpoint: Path) -> None:
     if not stat.S_ISDIR(mode):
         raise UserError(f"the mountpoint {mountpoint} is not a folder", "Name an empty folder.")
     if (mountpoint / ".qfsbackup").exists() and os.path.ismount(mountpoint):
-        raise UserError(f"{mountpoint} already shows a snapshot", f"Unmount it first: qfsbackup umount {mountpoint}")
+        raise _taken(mountpoint)
+
+
+def _taken(mountpoint: Path) -> UserError:
+    try:
+        mount = find_mount(mountpoint)
+        return held_by(mount.status()["pid"], mount.source)
+    except OSError:
+        return UserError(f"{mountpoint} already shows a snapshot", f"Unmount it first: qfsbackup umount {mountpoint}")

@@ -14,9 +14,8 @@ from urllib.parse import quote
 
 import trio
 
-from qfsbackup.errors import EXIT_USAGE, UserError
+from qfsbackup.errors import UserError
 from qfsbackup.model import CLUSTER, CheckpointRequest, Export, Known, Snapshot
-from qfsbackup.sources.uri import SCHEMES
 from qfsbackup.status import DiskStatus, Status
 from qfsbackup.vm.checkpoints import report, starting_points
 from qfsbackup.vm.cleanup import cleanup
@@ -190,17 +189,6 @@ class QemuSource:
                 "cluster": CLUSTER,
             },
         )
-
-
-def qmp_path(source: str) -> Path:
-    """The QMP socket that a source without another scheme names. Raises UserError."""
-    if "://" in source:
-        raise UserError(
-            f"no source is called {source.partition('://')[0]}://",
-            f"A source is the path of a VM's QMP socket, or an NBD URI ({', '.join(SCHEMES)}).",
-            EXIT_USAGE,
-        )
-    return Path(source)
 
 
 def _log(snapshot: Snapshot) -> None:

@@ -16,6 +16,7 @@ from qfsbackup.vm.agent import AgentError
 from qfsbackup.vm.fleecing import remove_fdsets
 from qfsbackup.vm.freeze import thaw_leftover
 from qfsbackup.vm.graph import look_at_nodes
+from qfsbackup.vm.holder import held_by
 from qfsbackup.vm.low_water import LOW_WATER
 from qfsbackup.vm.node import remove_node, take_out
 from qfsbackup.vm.owner import NEW, OWNER, PREFIX, living_owner
@@ -38,9 +39,7 @@ async def cleanup(qmp: Qmp, agent: Path | None = None) -> list[str]:
     ours = await _ours(qmp)
     owner = living_owner(ours)
     if owner is not None:
-        raise UserError(
-            f"another qfsbackup (process {owner}) has a snapshot of this VM", "Unmount it first, or wait for its end."
-        )
+        raise held_by(owner, "this VM")
     await remove_fdsets(qmp)
     if not ours:
         return []

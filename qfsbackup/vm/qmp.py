@@ -8,7 +8,6 @@ connection is accepted by the kernel and then hears nothing, so everything that 
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import logging
 import os
@@ -23,18 +22,16 @@ import trio_asyncio
 from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, Runstate, StateError
 
 from qfsbackup.errors import UserError
+from qfsbackup.vm.holder import SECOND_SOCKET, held
+from qfsbackup.vm.socket_path import open_socket
 
 log = logging.getLogger(__name__)
 
+HELD_TIMEOUT = 0.5  # seconds without a greeting, after which we look whether somebody else holds the socket
 GREETING_TIMEOUT = 5.0  # seconds; QEMU greets as soon as its main loop turns
 COMMAND_TIMEOUT = 20.0  # seconds; a drain of busy disks on slow storage takes several
 HUNG_TIMEOUT = 0.2  # seconds for the next commands after one that was not answered: they are sent, for what it is worth
 DISCONNECT_TIMEOUT = 2.0  # seconds; nothing depends on a polite end
-
-SECOND_SOCKET = (
-    "Give the VM one more QMP socket for backups (-qmp unix:/run/vm/NAME.qmp,server=on,wait=off):"
-    " a QMP socket serves one client at a time."
-)
 
 
 class QmpError(Exception):
@@ -157,7 +154,7 @@ async def connect(path: str | os.PathLike[str], on_gone: Callable[[str], None]) 
     Raises UserError where there is none to be had.
     """
     name = os.fspath(path)
-    with _open_socket(name) as plain:
+    with open_socket(name) as plain:
         await _expect_greeting(plain, name)
         peer_pid = struct.unpack("3i", plain.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
         async with _asyncio_loop() as loop:
@@ -189,43 +186,14 @@ async def _asyncio_loop() -> AsyncIterator[asyncio.AbstractEventLoop]:
         raise error from error.__cause__
 
 
-def _open_socket(name: str) -> socket.socket:
-    plain = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    plain.setblocking(False)  # a full backlog is an error at once (EAGAIN), not a wait
-    try:
-        plain.connect(name)
-    except OSError as error:
-        plain.close()
-        raise _connect_error(name, error) from error
-    return plain
-
-
-def _connect_error(name: str, error: OSError) -> UserError:
-    hints = {
-        errno.ENOENT: "Is the VM running, and was it started with -qmp unix:PATH,server=on,wait=off?",
-        errno.ENOTDIR: "Is the path right?",
-        errno.ECONNREFUSED: "Nobody listens there: is the VM running, and is this its QMP socket?",
-        errno.EACCES: "Run as root, or as the user who may write to that socket.",
-        errno.EPERM: "Run as root, or as the user who may write to that socket.",
-        errno.EAGAIN: SECOND_SOCKET,
-        errno.EPROTOTYPE: "It is a socket of another type; name the VM's QMP socket.",
-        None: "A socket's path may have 107 bytes; use a shorter one, perhaps by a symbolic link.",
-    }
-    reason = "it is busy" if error.errno == errno.EAGAIN else error.strerror or str(error)
-    return UserError(
-        f"cannot connect to the QMP socket {name}: {reason}",
-        hints.get(error.errno, "Name the VM's QMP socket."),
-    )
-
-
 async def _expect_greeting(plain: socket.socket, name: str) -> None:
     """Look at what the server says first, without taking it off the socket."""
-    start = b""
-    with trio.move_on_after(GREETING_TIMEOUT), suppress(ConnectionError):
-        await trio.lowlevel.wait_readable(plain.fileno())
-        start = plain.recv(64, socket.MSG_PEEK)
-        if not start:
-            raise UserError(f"{name} closed the connection without a QMP greeting", "Is it the VM's QMP socket?")
+    start = await _first_words(plain, name, HELD_TIMEOUT)
+    if not start:
+        busy = held(name)
+        if busy is not None:
+            raise busy
+        start = await _first_words(plain, name, GREETING_TIMEOUT)
     if not start:
         raise UserError(
             f"{name} is silent: another program holds this QMP socket, QEMU hangs, or it is no QMP socket"
@@ -234,6 +202,17 @@ async def _expect_greeting(plain: socket.socket, name: str) -> None:
         )
     if not start.lstrip().startswith(b"{"):
         raise _not_qmp(name)
+
+
+async def _first_words(plain: socket.socket, name: str, timeout: float) -> bytes:
+    """What comes within `timeout` seconds, left where it is."""
+    with trio.move_on_after(timeout), suppress(ConnectionError):
+        await trio.lowlevel.wait_readable(plain.fileno())
+        start = plain.recv(64, socket.MSG_PEEK)
+        if not start:
+            raise UserError(f"{name} closed the connection without a QMP greeting", "Is it the VM's QMP socket?")
+        return start
+    return b""
 
 
 async def _greet(client: QMPClient, loop: asyncio.AbstractEventLoop, plain: socket.socket, name: str) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Image files: made with known content, compared byte by byte, and as block devices."""
 
+import contextlib
 import os
 import random
 import subprocess
@@ -107,3 +108,17 @@ def loop_device(path: Path, size: int) -> Iterator[Path]:
         yield device
     finally:
         subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@contextlib.contextmanager
+def opened_to_all(folder: Path) -> Iterator[None]:
+    """Let every user enter a folder of pytest's, and what stands above it."""
+    folders = [path for path in (folder, *folder.parents) if not path.stat().st_mode & 0o001]
+    modes = [path.stat().st_mode for path in folders]
+    for path in folders:
+        path.chmod(0o711)
+    try:
+        yield
+    finally:
+        for path, mode in zip(folders, modes, strict=True):
+            path.chmod(mode)

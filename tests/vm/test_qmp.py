@@ -39,7 +39,7 @@ async def test_no_such_socket(tmp_path: Path) -> None:
 
 async def test_an_ordinary_file_and_a_stale_socket(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "refused" in (await refusal(tmp_path / "file")).what
+    assert "is a file, not" in (await refusal(tmp_path / "file")).what
     with listening([tmp_path / "stale"]):
         pass
     assert "refused" in (await refusal(tmp_path / "stale")).what

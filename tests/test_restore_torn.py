@@ -95,6 +95,25 @@ def test_an_older_versions_vm_json_is_taken_with_a_word(
     assert "older version" in caplog.text
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_chunk_that_a_tool_changes_meanwhile_is_noticed(
+    backup: Path, tmp_path: Path, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first one is read."""
+    path, reading = backup / chunk_path(3), os.pread
+
+    def read(descriptor: int, length: int, offset: int) -> bytes:
+        new = path if in_place else path.with_name("new")
+        new.write_bytes(bytes(CHUNK))
+        new.rename(path)
+        return reading(descriptor, length, offset)
+
+    monkeypatch.setattr(os, "pread", read)
+    with pytest.raises(UserError, match="00000003 was changed meanwhile"):
+        restore(backup, tmp_path / "disk.raw")
+    assert not list(tmp_path.glob("*disk.raw*"))
+
+
 @pytest.mark.parametrize(
     "spoilt",
     [

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from qfsbackup.commands.described import HINT, Described, described
 from qfsbackup.errors import EXIT_SYSTEM, UserError
-from qfsbackup.fs.chunk_times import SECOND
 from qfsbackup.fs.chunks import chunk_path
 from qfsbackup.fs.grid import is_chunk_size
 
@@ -28,7 +27,7 @@ class ChunkSet:
     folder: Path
     chunk: int  # size of each but the last
     size: int  # of the disk
-    times: Sequence[int]  # of each, in seconds since the epoch
+    times: Sequence[int]  # of each, in nanoseconds since the epoch
     described: Described | None  # what vm.json says, if it is there
 
     @property
@@ -49,7 +48,7 @@ def find_chunks(folder: Path) -> ChunkSet:
     _check_names(folder, set(found), expected)
     sizes = [found[path].st_size for path in expected]
     _check_sizes(folder, expected, sizes)
-    times = [found[path].st_mtime_ns // SECOND for path in expected]
+    times = [found[path].st_mtime_ns for path in expected]
     result = ChunkSet(folder, sizes[0] if sizes else 0, sum(sizes), times, described(folder))
     if result.described:
         _check_description(result, result.described)

@@ -72,8 +72,8 @@ def _disk(path: Path, disk: dict[str, Any], *, kept_time: bool) -> Described:
 def check_together(folder: Path, times: Sequence[int], disk: Described | None, *, torn: bool) -> None:
     """Raise UserError where a chunk has another time than vm.json says; `torn`: only say it.
 
-    `times` are those of the chunks in `folder`, as many as vm.json says. Where neither a chunk nor vm.json has the time
-    that it should have, a tool that keeps no times was at work: that is said too.
+    `times` are those of the chunks in `folder`, in nanoseconds, as many as vm.json says. Where neither a chunk nor
+    vm.json has the time that it should have, a tool that keeps no times was at work: that is said too.
     """
     if disk is None:
         log.warning(
@@ -85,7 +85,8 @@ def check_together(folder: Path, times: Sequence[int], disk: Described | None, *
     if disk.times is None:
         log.warning("%s is of an older version: whether the chunks are of one backup cannot be known", disk.path)
         return
-    strangers = [number for number, (own, said) in enumerate(zip(times, disk.times, strict=True)) if own != said]
+    both = enumerate(zip(times, disk.times, strict=True))
+    strangers = [number for number, (own, said) in both if own // SECOND != said]
     if not strangers:
         return
     if len(strangers) == len(times) and not disk.kept_time:

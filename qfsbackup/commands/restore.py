@@ -143,20 +143,24 @@ def _copy(chunks: ChunkSet, image: Image, *, zeros: bool) -> None:
     with bytes_done("restored", chunks.size) as show:
         for number, path in enumerate(chunks.paths()):
             start = number * chunks.chunk
-            for offset, block in _blocks(path, min(chunks.chunk, chunks.size - start), zeros=zeros):
+            size = min(chunks.chunk, chunks.size - start)
+            for offset, block in _blocks(path, size, chunks.times[number], zeros=zeros):
                 image.write(start + offset, block)
             show(min(start + chunks.chunk, chunks.size))
 
 
-def _blocks(path: Path, size: int, *, zeros: bool) -> Iterator[tuple[int, bytes]]:
-    """Offset and content of each block of a chunk; without `zeros`, only of those which are not all zero."""
+def _blocks(path: Path, size: int, time: int, *, zeros: bool) -> Iterator[tuple[int, bytes]]:
+    """Offset and content of each block of a chunk; without `zeros`, only of those which are not all zero.
+
+    Raises UserError where it is not, or not any more, the file with this modification time that was looked at.
+    """
     try:
         with path.open("rb", buffering=0) as file:
             position = 0 if zeros else _next_data(file.fileno(), 0, size)
             while position < size:
                 content = os.pread(file.fileno(), PIECE, position)
                 if len(content) < min(PIECE, size - position):
-                    raise UserError(f"{path} became shorter meanwhile", HINT, EXIT_SYSTEM)
+                    raise _changed(path)
                 for offset in range(0, len(content), BLOCK):
                     block = content[offset : offset + BLOCK]
                     if zeros or block != ZEROS[: len(block)]:
@@ -164,8 +168,14 @@ def _blocks(path: Path, size: int, *, zeros: bool) -> Iterator[tuple[int, bytes]
                 position += len(content)
                 if not zeros:
                     position = _next_data(file.fileno(), position, size)
+            if os.fstat(file.fileno()).st_mtime_ns != time:
+                raise _changed(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", HINT, EXIT_SYSTEM) from None
+
+
+def _changed(path: Path) -> UserError:
+    return UserError(f"{path} was changed meanwhile", "Let the tool that does so end, and restore again.", EXIT_SYSTEM)
 
 
 def _next_data(descriptor: int, position: int, size: int) -> int:

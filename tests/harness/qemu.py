@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The QEMU builds on this machine that tests run against.
 
-The environment variable QEMU chooses: `all` (the default), a version prefix (`7.2`, `10`), or a path to a
-qemu-system-x86_64 (its companions are taken from the same folder, else from PATH).
+The environment variable QEMU chooses: `all` (the default), a version prefix (`7.2`, `10`), `newest` (Debian's newest,
+which `QEMU=newest ./run setup` fetches), or a path to a qemu-system-x86_64 (its companions are taken from the same
+folder, else from PATH).
 """
 
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import trio
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
+NEWEST = CACHE / "qemu-newest/bin/qemu-system-x86_64"
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,15 @@ def selected() -> list[Qemu]:
     choice = os.environ.get("QEMU", "all")
     if "/" in choice:
         return [_at(Path(choice))]
+    if choice == "newest" and NEWEST.exists():
+        return [_at(NEWEST)]
     found = [
         qemu
         for qemu in available()
         if choice == "all" or (".".join(map(str, qemu.version)) + ".").startswith(choice.rstrip(".") + ".")
     ]
     if not found:
-        raise LookupError(f"no QEMU {choice} on this machine: ./run setup installs what the tests need")
+        raise LookupError(f"no QEMU {choice} on this machine: QEMU={choice} ./run setup installs what the tests need")
     return found
 
 

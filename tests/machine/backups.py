@@ -93,7 +93,7 @@ class Backups(Base):
         assert self.mounted.target
         tools = self.tools[self.mounted.target]
         try:
-            self.portal.call(aside, partial(tools.take, self.mountpoint / "chunks", last))
+            self.portal.call(aside, partial(tools.take, self.mountpoint / "chunks", self.commands.now(), last))
         except OSError:
             assert self.mounted.option == DIRTY
             return
@@ -105,7 +105,7 @@ class Backups(Base):
         for copy in tools.copies:
             assert copy.disks().keys() == truth.keys()
             for name, content in truth.items():
-                assert copy.disks()[name] == content, f"{copy.rule.__name__}'s copy of {name} is wrong"
+                assert copy.disks()[name] == content, f"{copy.name}'s copy of {name} is wrong"
 
     @rule()
     @precondition(lambda self: self.mounted and self.mounted.whole)
@@ -156,7 +156,7 @@ class Backups(Base):
             command = self.commands.start(*words, "--", "/bin/sh", "-c", script)
             assert command.until(said), command.wait()
             self.dead = False
-            self.portal.call(aside, partial(self.tools[to].take, self.mountpoint / "chunks"))
+            self.portal.call(aside, partial(self.tools[to].take, self.mountpoint / "chunks", self.commands.now()))
             hears.write_text(f"{code}\n")
             result = command.wait()
         assert result.code == code, result

@@ -9,6 +9,7 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ class Commands:
         self._server = server
         self._folder = folder
         self.clock = 0
+
+    def now(self) -> int:
+        """What the commands' clock says, in nanoseconds since the epoch."""
+        return time.time_ns() + self.clock * 10**9
 
     def start(self, *words: str | Path, environment: Mapping[str, str] | None = None) -> Command:
         """Run `qfsbackup` with these words."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What backup tools keep that skip unchanged files, by the rules of rsync and of restic."""
+"""What backup tools keep that skip unchanged files, by the rules of rsync, restic and tar --listed-incremental."""
 
 from __future__ import annotations
 
@@ -28,6 +28,11 @@ class Copy:
     rule: Callable[[os.stat_result], tuple[int, ...]]
     seen: dict[str, tuple[int, ...]] = field(default_factory=dict)
     held: dict[str, bytes] = field(default_factory=dict)
+    started: int = 0  # when its last whole run began, in nanoseconds since the epoch
+
+    @property
+    def name(self) -> str:
+        return self.rule.__name__
 
     def wants(self, path: str, stat: os.stat_result) -> bool:
         """Would it read the file."""
@@ -37,8 +42,9 @@ class Copy:
         """It has read it."""
         self.seen[path], self.held[path] = self.rule(stat), content
 
-    def keep_only(self, paths: set[str]) -> None:
-        """What is gone from the tree goes from the copy (--delete)."""
+    def end(self, started: int, paths: set[str]) -> None:
+        """A run that began at `started` was a whole one. What is gone from the tree goes from the copy (--delete)."""
+        self.started = started
         for path in self.held.keys() - paths:
             del self.held[path], self.seen[path]
 
@@ -50,15 +56,37 @@ class Copy:
         return {name: b"".join(pieces) for name, pieces in parts.items()}
 
 
+def nothing(_stat: os.stat_result) -> tuple[int, ...]:
+    """What tar remembers of a file."""
+    return ()
+
+
+class Tar(Copy):
+    """tar skips a file that it has and that was not changed since its last whole run began, by its own clock."""
+
+    def __init__(self) -> None:
+        super().__init__(nothing)
+
+    @property
+    def name(self) -> str:
+        return "tar"
+
+    def wants(self, path: str, stat: os.stat_result) -> bool:
+        return path not in self.held or max(stat.st_mtime_ns, stat.st_ctime_ns) >= self.started
+
+
 class Tools:
     """The copies of one target, one for each rule. A file is read once for all that want it."""
 
     def __init__(self) -> None:
-        self.copies = [Copy(rsync), Copy(restic)]
+        self.copies = [Copy(rsync), Copy(restic), Tar()]
         self.read = 0  # files, ever
 
-    def take(self, chunks: Path, last: int | None = None) -> None:
-        """Back up `chunks`; with `last`, end after so many files. Raises OSError where one cannot be read."""
+    def take(self, chunks: Path, now: int, last: int | None = None) -> None:
+        """Back up `chunks`; with `last`, end after so many files. Raises OSError where one cannot be read.
+
+        `now` is in nanoseconds since the epoch.
+        """
         paths = sorted(str(path.relative_to(chunks)) for path in chunks.glob("*/*/*"))
         for path in paths[:last]:
             stat = (chunks / path).stat()
@@ -71,4 +99,4 @@ class Tools:
                 copy.take(path, stat, content)
         if last is None:
             for copy in self.copies:
-                copy.keep_only(set(paths))
+                copy.end(now, set(paths))

@@ -63,6 +63,7 @@ class Base(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="qfsm-", dir="/dev/shm"))
         self.mountpoint = self.folder / "mnt"
         self.mountpoint.mkdir()
+        (self.folder / "state").mkdir(mode=0o700)
         self.commands.clock = 0
         self.world = World(self.portal, self.qemu, self.folder, self.flavour)
         self.mounted: Mounted | None = None

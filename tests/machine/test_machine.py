@@ -28,8 +28,6 @@ from tests.machine.world import Flavour
 from tests.machine.writes import Writes
 
 SHARE = 20.0  # seconds, by default
-# A bitmap in an image that has become read-only cannot be removed, which stops every later backup.
-LEFT_OUT = ("snapshot", "overlay_offline")
 SETTINGS = settings(
     max_examples=3,
     stateful_step_count=25,
@@ -47,7 +45,7 @@ class Machine(Kills, Writes, Power, Plugs, Jobs):
 
 def machine_of(**facts: Any) -> type[Machine]:
     """The machine for these class variables of `Base`."""
-    return type("Machine", (Machine,), facts | dict.fromkeys(LEFT_OUT))
+    return type("Machine", (Machine,), facts)
 
 
 def seeds() -> list[int]:

@@ -12,9 +12,11 @@ from tests.machine.world import World
 
 def foreign(world: World) -> dict[str, Any]:
     """Nodes, devices, jobs, exports, fdsets and bitmaps of others, the devices as if our filters were not there."""
-    nodes = _nodes(world)
+    nodes = [node for node in _nodes(world).values() if not our_node(node)]
+    if len(world.plugged) < len(world.slots):
+        nodes = []  # what is below an unplugged disk may be there only for as long as our filter stands on it
     return {
-        "nodes": sorted((name, node["drv"], node["ro"]) for name, node in nodes.items() if not ours(name)),
+        "nodes": sorted((node["node-name"], node["drv"], node["ro"]) for node in nodes),
         "devices": sorted(_device(world, block) for block in world.qmp("query-block")),
         "bitmaps": sorted(name for names in bitmaps(world).values() for name in names if not ours(name)),
         "jobs": sorted(job["id"] for job in world.qmp("query-jobs") if not ours(job["id"])),
@@ -34,9 +36,10 @@ def below(world: World, name: str) -> str:
 
 def left(world: World) -> list[str]:
     """Whatever is ours, but for bitmaps."""
-    names = [*_nodes(world), *(job["id"] for job in world.qmp("query-jobs"))]
-    names += [export["id"] for export in world.qmp("query-block-exports")]
-    return sorted(name for name in [*names, *_fdsets(world)] if ours(name))
+    names = [node["node-name"] for node in _nodes(world).values() if our_node(node)]
+    names += [job["id"] for job in world.qmp("query-jobs") if ours(job["id"])]
+    names += [export["id"] for export in world.qmp("query-block-exports") if ours(export["id"])]
+    return sorted([*names, *(name for name in _fdsets(world) if ours(name))])
 
 
 def bitmaps(world: World) -> Mapping[str, Sequence[str]]:
@@ -58,6 +61,11 @@ def checkpoints(world: World, target: str = "", *, writable: bool = False) -> di
 
 def ours(name: str) -> bool:
     return PREFIX in name
+
+
+def our_node(node: Mapping[str, Any]) -> bool:
+    """One of ours has a name that QEMU gave it; nobody else here has one of that driver."""
+    return ours(node["node-name"]) or node["drv"] == "blkdebug"
 
 
 def _nodes(world: World) -> dict[str, dict[str, Any]]:

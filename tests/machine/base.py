@@ -37,6 +37,7 @@ class Mounted:
     truth: dict[str, bytes]  # each disk at the instant, by its name
     facts: dict[str, Any]  # vm.json
     bitmaps: set[str]  # the names of all that were ours before
+    read: bool = False  # have the target's tools run
     whole: bool = False  # has the target's tools' run been a whole one
     gone: bool = False  # was QEMU switched off meanwhile
     disturbed: bool = False  # has a disk got another top node meanwhile

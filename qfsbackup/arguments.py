@@ -42,7 +42,7 @@ options, comma separated after -o:
   ro               nothing can be punched through the mount
   uid=N gid=N      whose the files are (default: root's)
   mode=OCTAL       their permissions (default 0400, 0600 where a hole can
-                   be punched)
+                   be punched); with ro nobody has w
   vm=NAME          the VM's name
   bitmap=NAME      NBD URI: the dirty bitmap that is the map
   trim-server-data NBD URI: what is punched or released, and with access=dirty

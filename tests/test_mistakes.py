@@ -92,6 +92,10 @@ NO_VM = [
     ),
     mistake("qfsbackup mount $QMP $MNT", 32, "No such file or directory", "Is the VM running"),
     mistake("qfsbackup run $QMP -- true", 125, "No such file or directory", "Is the VM running"),
+    # what the options are
+    mistake("mount.qfsbackup a.qmp $MNT -o rw,allow_other", 1, "allow_other", "uid=, gid= or mode="),
+    mistake("mount.qfsbackup a.qmp $MNT -o remount,ro", 1, "cannot be mounted again", "qfsbackup umount DIR"),
+    mistake("qfsbackup mount nbd://localhost/ $MNT -o discard=release", 1, "server's own data", "trim-server-data"),
     # where the output goes
     mistake("qfsbackup status > /dev/full", 2, "cannot write the output: No space left on device"),
     mistake("qfsbackup status --json > /dev/full", 2, "cannot write the output"),
@@ -111,6 +115,11 @@ VM = [
     mistake("qfsbackup run $QMP --mountpoint $MNT -- ls images <&-", 0, "2 disks", lines=ANY),
     mistake("qfsbackup run $QMP --mountpoint $MNT -- ls images <&- >&- 2>&-", 0, lines=0),
     mistake("qfsbackup cleanup $QMP <&- >&- 2>&-", 0, lines=0),
+    # what a mount is taken for
+    mistake(f"qfsbackup mount $QMP $MNT -o ro && ! mkfs.ext4 -qF $MNT/images/vda.raw && {UMOUNT}", 0, lines=ANY),
+    mistake(
+        "qfsbackup run $QMP -o ro --mountpoint $MNT -- fallocate -p -l 1M images/vda.raw", 1, "Read-only", lines=ANY
+    ),
 ]
 
 VM += [

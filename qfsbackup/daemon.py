@@ -45,9 +45,9 @@ log = logging.getLogger(__name__)
 def serve(source: str, mountpoint: Path, options: Options, ready: Callable[[], None]) -> int:
     """Mount `source` at `mountpoint` and stay until it is unmounted or a signal asks to end.
 
-    Returns the exit status: EXIT_SYSTEM where the snapshot broke meanwhile, EXIT_UNRESTORED where QEMU hangs and could
-    not be restored, EXIT_INTERRUPTED after a SIGINT before it was ready. Calls `ready` once the tree can be read.
-    Raises UserError; by then all is undone.
+    Returns the exit status: EXIT_SYSTEM where the snapshot broke meanwhile, EXIT_UNRESTORED where something of ours is
+    left in QEMU, EXIT_INTERRUPTED after a SIGINT before it was ready. Calls `ready` once the tree can be read.
+    Raises UserError; by then all is undone, unless its exit code is EXIT_UNRESTORED.
     """
     status = Status(facts={"source": source, "mountpoint": str(mountpoint), "pid": os.getpid(), "ppid": os.getppid()})
     came: list[signal.Signals | str] = []  # what ended it, and "ready"
@@ -67,7 +67,10 @@ def serve(source: str, mountpoint: Path, options: Options, ready: Callable[[], N
         error = _only_error(group)
         if status.unrestored and isinstance(error, UserError):
             error.exit_code = EXIT_UNRESTORED
-            error.hint = f"QEMU hangs. Once it answers it is put back as it was; or do it: qfsbackup cleanup {source}"
+            error.hint = (
+                f"Left in the VM: {status.unrestored}. Process {os.getppid()} takes it out as soon as it can;"
+                f" or do it: qfsbackup cleanup {source}"
+            )
         raise error from None
     if status.unrestored:
         return EXIT_UNRESTORED

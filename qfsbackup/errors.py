@@ -12,7 +12,7 @@ import os
 EXIT_USAGE = 1  # mount(8): incorrect invocation or permissions
 EXIT_SYSTEM = 2  # mount(8): system error
 EXIT_MOUNT = 32  # mount(8): mount failure
-EXIT_UNRESTORED = 75  # EX_TEMPFAIL (sysexits.h), from worker to supervisor: QEMU hangs, so nothing could be undone
+EXIT_UNRESTORED = 75  # EX_TEMPFAIL (sysexits.h), from worker to supervisor: something of ours is still in QEMU
 EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell says it: 128 + SIGINT
 EXIT_RUN = 125  # `qfsbackup run`: our own failure, not the command's
 

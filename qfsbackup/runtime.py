@@ -19,6 +19,29 @@ from qfsbackup.errors import EXIT_USAGE, UserError
 
 RUNTIME = Path("/run/qfsbackup")
 PREFIX = "mount-"
+LEFT = "left-"  # + a supervisor's process id
+
+
+class LeftNote:
+    """What a supervisor could not take out of its VM yet, for who waits for it; gone when it is."""
+
+    def __init__(self, pid: int) -> None:
+        self._path = RUNTIME / f"{LEFT}{pid}"
+
+    def write(self, text: str) -> None:
+        """Raises OSError."""
+        self._path.write_text(text)
+
+    def read(self) -> str:
+        """Empty where there is none."""
+        with suppress(OSError):
+            return self._path.read_text()
+        return ""
+
+    def remove(self) -> None:
+        """It is all out, or nobody tries any more."""
+        with suppress(OSError):
+            self._path.unlink()
 
 
 @contextmanager
@@ -56,6 +79,9 @@ def _sweep() -> None:
     for folder in RUNTIME.glob(f"{PREFIX}*"):
         with suppress(BlockingIOError, FileNotFoundError), _locked(folder, fcntl.LOCK_NB):
             shutil.rmtree(folder, ignore_errors=True)
+    for note in RUNTIME.glob(f"{LEFT}*"):
+        if not Path("/proc", note.name.removeprefix(LEFT)).exists():
+            note.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class Status:
     disks: dict[str, DiskStatus] = field(default_factory=dict)
     broken: str | None = None  # why the snapshot can no longer be read
     vm_gone: str | None = None  # why QEMU can no longer be reached
-    unrestored: bool = False  # QEMU is there but hangs, and still has what we added
+    unrestored: str | None = None  # what QEMU still has of ours, or why that is not known; None: nothing
     fleecing_limit: int | None = None  # bytes over all disks
     fleecing_free: Callable[[], int] = field(default=lambda: 0)  # bytes left in the fleecing folder's file system
     fleecing_peak: int = 0  # the most they held at any look

@@ -45,8 +45,8 @@ def in_background(work: Work, rescue: Rescue, log_level: int, *, bound: bool = F
     """Start supervisor and worker and return when the worker says that it is ready.
 
     `bound`: both end when this process does. Returns with SIGINT blocked: one that comes now was too late to call the
-    mount off. Raises the worker's UserError, once everything it made is undone (unless QEMU hangs); on Ctrl-C, then
-    too, KeyboardInterrupt.
+    mount off. Raises the worker's UserError, once everything it made is undone (or what cannot be is left to the
+    supervisor); on Ctrl-C, then too, KeyboardInterrupt.
     """
     reader, writer = os.pipe()
     parent = os.getpid()
@@ -82,7 +82,7 @@ def _call_off(supervisor: int, reader: int) -> str:
     """Let the mount that is being made end, wait until all of it is undone, and say how that went."""
     os.kill(supervisor, signal.SIGTERM)
     if _message(reader).get("exit_code") == EXIT_UNRESTORED:
-        return "QEMU hangs; the VM is put back as it was once it answers"
+        return f"not all could be undone in the VM yet; process {supervisor} goes on trying"
     os.waitpid(supervisor, 0)
     return CALLED_OFF
 
@@ -135,6 +135,7 @@ def _supervise(
     notify(STOPPING)
     if code in CLEAN_EXITS:
         return code
+    _live_without_parent()  # a `run` does not wait for what may last
     for number in HANDED_ON:
         signal.signal(number, signal.SIG_IGN)  # what ended the worker must not end the rescue
     log.error("the mount's process %s; putting the VM back as it was", _describe(code))
@@ -165,7 +166,7 @@ def _hand_signals_on(worker: int) -> None:
 
 def _describe(code: int) -> str:
     if code == EXIT_UNRESTORED:
-        return "got no answer from QEMU"
+        return "could not undo all that it did"
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
 
 
@@ -189,7 +190,7 @@ def _reporting(work: Work, writer: int, log_level: int) -> Callable[[], int]:
                 _tell(writer, {"what": error.what, "hint": error.hint, "exit_code": error.exit_code})
             return error.exit_code
         if waiting and code == EXIT_UNRESTORED:
-            _tell(writer, {"what": "called off", "hint": "QEMU hangs.", "exit_code": code})
+            _tell(writer, {"what": "called off", "hint": "Not all is undone.", "exit_code": code})
         return code
 
     return run
@@ -216,6 +217,10 @@ def _die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it died before we asked
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _live_without_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 0)
 
 
 def _protect_from_oom(score: int) -> None:

@@ -4,23 +4,26 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qfsbackup.notify import more_time
 from qfsbackup.options import Options, check_fit, parse_options
+from qfsbackup.runtime import LeftNote
 from qfsbackup.supervisor import in_background, in_foreground
 from qfsbackup.vm.presence import listens
 
 log = logging.getLogger(__name__)
 
 RESCUE_DEADLINE = 30.0  # seconds for one attempt
-RESCUE_PAUSE = 5.0  # seconds between two
-RESCUE_PATIENCE = 600.0  # seconds after which a QEMU that hangs is given up
+RESCUE_PAUSE = 5.0  # seconds between the first two; each pause is twice as long as the one before
+LONGEST_PAUSE = 60.0  # seconds
+MARGIN = 30.0  # seconds for a machine under load
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,33 +48,43 @@ class MountRequest:
         return options
 
     def rescue(self) -> None:
-        """The worker died: fresh processes undo what it left in the VM and take the dead mount away.
+        """The worker left something: fresh processes undo it in the VM and take the dead mount away.
 
-        Tried again while QEMU hangs: it may come back, and would then have our filters for ever.
+        Tried again as long as QEMU lives: it may hang and come back, or somebody's job may use our filter; both would
+        else have it for ever. SIGTERM ends the waiting.
         """
-        give_up = time.monotonic() + RESCUE_PATIENCE
-        while not self._undo():
-            if not listens(self.source):
-                log.warning("QEMU is gone, and with it what was to be undone")
-                return
-            if time.monotonic() > give_up:
-                log.error("giving up; once QEMU answers: qfsbackup cleanup %s", self.source)
-                return
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # who has no time may end the waiting
-            time.sleep(RESCUE_PAUSE)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        note, told, pause = LeftNote(os.getpid()), "", RESCUE_PAUSE
+        try:
+            while left := self._undo():
+                if not listens(self.source):
+                    log.warning("QEMU is gone, and with it what was to be undone")
+                    return
+                if left != told:
+                    log.error("%s; trying again until it is gone", left)
+                    note.write(left)
+                told = left
+                more_time(pause + RESCUE_DEADLINE + MARGIN)
+                if signal.sigtimedwait({signal.SIGTERM}, pause):
+                    log.error("SIGTERM: giving up; then: qfsbackup cleanup %s", self.source)
+                    return
+                pause = min(2 * pause, LONGEST_PAUSE)
+            log.warning("QEMU is as it was")
+        finally:
+            note.remove()
 
-    def _undo(self) -> bool:
+    def _undo(self) -> str:
+        """What is left; empty: nothing."""
         options = [word for text in self.option_texts for word in ("-o", text)]
         command = [sys.executable, "-m", "qfsbackup", "cleanup", self.source, *options]
         try:
             done = subprocess.run(command, timeout=RESCUE_DEADLINE, check=False, capture_output=True, text=True)
-        except subprocess.TimeoutExpired as error:
-            log.warning("%s", error)
-            return False
-        for line in (done.stdout + done.stderr).splitlines():
+        except subprocess.TimeoutExpired:
+            return f"QEMU does not answer within {RESCUE_DEADLINE:.0f} s"
+        for line in done.stdout.splitlines():
             log.warning("%s", line)
-        return done.returncode == 0
+        *_, what, _hint = ["", f"qfsbackup cleanup ended with status {done.returncode}", "", *done.stderr.splitlines()]
+        return what if done.returncode else ""
 
 
 def mount_in_background(request: MountRequest, *, bound: bool = False) -> None:

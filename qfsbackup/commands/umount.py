@@ -7,6 +7,7 @@ import errno
 import os
 import select
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 
 from qfsbackup.errors import EXIT_SYSTEM, EXIT_USAGE, UserError
 from qfsbackup.mounts import MNT_DETACH, Mount, find_mount, mountpoints_of, umount
+from qfsbackup.runtime import LeftNote
 
+LOOK = 0.2  # seconds between two looks whether something is left in the VM
 DEADLINE = 60.0  # seconds; tearing down waits for QEMU, which may be busy
 
 
@@ -59,7 +62,7 @@ def umount_and_wait(directory: Path) -> dict[str, Any]:
     status = _last_status(mount)
     with _process(status["ppid"]) as supervisor:
         _umount(mount)
-        _wait(supervisor, status["ppid"])
+        _wait(supervisor, status["ppid"], status["pid"])
     return status
 
 
@@ -69,7 +72,7 @@ def end_and_wait(directory: Path) -> None:
     with _process(status["ppid"]) as supervisor:
         if supervisor is not None:
             signal.pidfd_send_signal(supervisor, signal.SIGTERM)
-        _wait(supervisor, status["ppid"])
+        _wait(supervisor, status["ppid"], status["pid"])
 
 
 def _last_status(mount: Mount) -> dict[str, Any]:
@@ -111,16 +114,22 @@ def _umount(mount: Mount) -> None:
         raise UserError(f"cannot unmount {mount.mountpoint}: {error.strerror}", "Unmounting takes root.") from None
 
 
-def _wait(supervisor: int | None, pid: int) -> None:
+def _wait(supervisor: int | None, pid: int, worker: int) -> None:
     if supervisor is None:
         return
     poll = select.poll()
     poll.register(supervisor, select.POLLIN)
-    if not poll.poll(DEADLINE * 1000):
-        with suppress(ProcessLookupError):  # it then kills a worker that has come to a standstill
-            signal.pidfd_send_signal(supervisor, signal.SIGTERM)
-        raise UserError(
-            f"unmounted, but process {pid} still restores the VM after {DEADLINE:.0f} s",
-            "QEMU may hang. The system's log says which step it waits for.",
-            EXIT_SYSTEM,
-        )
+    give_up = time.monotonic() + DEADLINE
+    while not poll.poll(LOOK * 1000):
+        left = LeftNote(pid).read()
+        if left:
+            raise UserError(f"unmounted, but {left}", f"Process {pid} takes it out as soon as it can.", EXIT_SYSTEM)
+        if time.monotonic() > give_up:
+            with _process(worker) as stands_still:  # the supervisor kills it then
+                if stands_still is not None:
+                    signal.pidfd_send_signal(supervisor, signal.SIGTERM)
+            raise UserError(
+                f"unmounted, but process {pid} still restores the VM after {DEADLINE:.0f} s",
+                "QEMU may hang. The system's log says which step it waits for.",
+                EXIT_SYSTEM,
+            )

@@ -24,6 +24,7 @@ from qfsbackup.vm.content import content_of
 from qfsbackup.vm.fleecing import free_space
 from qfsbackup.vm.freeze import Freeze
 from qfsbackup.vm.graph import Machine, look
+from qfsbackup.vm.left import left
 from qfsbackup.vm.leftovers import remove_leftovers, remove_marked
 from qfsbackup.vm.node import undoing
 from qfsbackup.vm.presence import listens
@@ -56,7 +57,10 @@ class QemuSource:
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Snapshot]:
-        """Take it; see model.Source. When QEMU goes away meanwhile, `status.vm_gone` says so at once."""
+        """Take it; see model.Source. When QEMU goes away meanwhile, `status.vm_gone` says so at once.
+
+        `status.unrestored` says at the end what could not be undone.
+        """
         qmp: Qmp | None = None
         try:
             async with AsyncExitStack() as stack:
@@ -72,19 +76,38 @@ class QemuSource:
         finally:
             if self.status.vm_gone or (qmp is not None and qmp.hung):
                 await self._clean_up_again()
-            elif qmp is not None:
-                log.info("QEMU is as it was")
+
+    @asynccontextmanager
+    async def _seeing_what_is_left(self, qmp: Qmp) -> AsyncIterator[None]:
+        """After all that the block makes is undone, ask QEMU whether that is so."""
+        try:
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                try:
+                    self.status.unrestored = ", ".join(await left(qmp)) or None
+                except QmpError as error:
+                    log.debug("QEMU cannot be asked what is left: %s", error)
+                else:
+                    self._tell_what_is_left()
+
+    def _tell_what_is_left(self) -> None:
+        if self.status.unrestored:
+            log.error("left in the VM: %s", self.status.unrestored)
+        else:
+            log.info("QEMU is as it was")
 
     async def _clean_up_again(self) -> None:
         """Where there was no answer, nothing could be undone; QEMU may be alive all the same."""
-        self.status.unrestored = listens(self.socket)
+        self.status.unrestored = "QEMU does not answer" if listens(self.socket) else None
         with trio.move_on_after(AGAIN_TIMEOUT, shield=True):
             try:
                 async with connect(self.socket, on_gone=log.debug) as qmp:
                     for undone in await cleanup(qmp, self.agent):
                         log.warning("after the connection to QEMU was lost: %s", undone)
                     await self._remove_marked(qmp, await look(qmp))
-                self.status.unrestored = False
+                    self.status.unrestored = ", ".join(await left(qmp)) or None
+                    self._tell_what_is_left()
             except (UserError, QmpError) as error:
                 log.debug("nothing can be undone: %s", error)
 
@@ -110,6 +133,7 @@ class QemuSource:
             socket_path=self.runtime / NBD_SOCKET,
             freeze=Freeze(self.freeze, self.agent),
         )
+        await stack.enter_async_context(self._seeing_what_is_left(qmp))
         taken = await stack.enter_async_context(taking)
         self._count(taken)
         snapshot = self._facts(machine, taken, config)

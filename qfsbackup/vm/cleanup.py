@@ -17,6 +17,7 @@ from qfsbackup.vm.fleecing import remove_fdsets
 from qfsbackup.vm.freeze import thaw_leftover
 from qfsbackup.vm.graph import look_at_nodes
 from qfsbackup.vm.holder import held_by
+from qfsbackup.vm.left import left
 from qfsbackup.vm.low_water import LOW_WATER
 from qfsbackup.vm.node import remove_node, take_out
 from qfsbackup.vm.owner import NEW, OWNER, PREFIX, living_owner
@@ -46,11 +47,11 @@ async def cleanup(qmp: Qmp, agent: Path | None = None) -> list[str]:
     done = await _free_guest(qmp, ours, agent)
     await stop_server(qmp)
     await _remove_nodes(qmp, ours)
-    left = await _ours(qmp)
-    if left:
+    stays = [line for line in await left(qmp) if NEW not in line]
+    if stays:
         raise UserError(
-            f"leftovers of an earlier snapshot cannot be removed from the VM: {', '.join(left)}",
-            "Something else in QEMU uses them (a snapshot taken meanwhile?): end that, then try again.",
+            f"what a snapshot left cannot be removed from the VM: {', '.join(stays)}",
+            "Something else in QEMU uses them (a job, or a snapshot taken meanwhile?): end that, then try again.",
         )
     return [*done, f"removed {', '.join(ours)}"]
 

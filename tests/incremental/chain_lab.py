@@ -8,8 +8,8 @@ what the disks are, found without the product.
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from tests.harness.vm import Vm, running_vm
 from tests.vm.support import copied
 
 SIZE = MIB
+Event = Callable[["ChainLab"], Awaitable[dict[str, str]]]  # tells what the next backup must say of each disk
 CHUNK = 64 * 1024
 
 
@@ -182,14 +183,25 @@ class ChainLab:
         await self.vm.monitor.event("DEVICE_DELETED", device=name)
 
 
+@asynccontextmanager
+async def chain_lab(qemu: Qemu, folder: Path) -> AsyncIterator[ChainLab]:
+    """A lab for the length of the block."""
+    lab = ChainLab(qemu, folder)
+    try:
+        yield lab
+    finally:
+        await lab.close()
+
+
 def said(exports: Mapping[str, Export]) -> dict[str, str]:
     """The bitmaps' status, and the reason behind it."""
     return {name: f"{export.bitmap} {export.bitmap_reason}".strip() for name, export in exports.items()}
 
 
-def blockdev(node: str, path: Path, form: str = "qcow2", **more: Any) -> list[str]:
+def blockdev(node: str, path: Path, form: str = "qcow2", *, read_only: bool = False) -> list[str]:
     """An image without a device, on the command line."""
-    options = {"driver": form, "node-name": node, "file": {"driver": "file", "filename": str(path)}, **more}
+    options: dict[str, Any] = {"driver": form, "node-name": node, "file": {"driver": "file", "filename": str(path)}}
+    options["read-only"] = read_only
     return ["-blockdev", json.dumps(options)]
 
 

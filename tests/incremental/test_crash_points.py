@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The worker is killed between every two steps of a commit: the next mount starts from the base that is right.
 
-commit:   look at the disks | store   | remove the base of vda | remove the base of vdb | unmount
-killed:                       "store" | "first"                | "second"               | "last"
+commit:   look at the disks | store   | remove the marks | remove the base of vda | remove the base of vdb | unmount
+killed:                       "store" | "mark"           | "first"                | "second"               | "last"
 """
 
 import os
@@ -17,6 +17,7 @@ import pytest
 import trio
 
 from qfsbackup.state.store import open_store
+from qfsbackup.vm.owner import NEW
 from tests.harness.mount import aside, mounted, qfsbackup
 from tests.harness.qemu import Qemu
 from tests.harness.qmp_proxy import running_proxy
@@ -24,8 +25,8 @@ from tests.harness.vm import UUID
 from tests.incremental.support import CHUNK, DISKS, Bed, SkippingTool, bed, bitmap_of, chunk_names
 from tests.vm.support import guest_io
 
-Point = Literal["store", "first", "second", "last"]
-POINTS: list[Point] = ["store", "first", "second", "last"]
+Point = Literal["store", "mark", "first", "second", "last"]
+POINTS: list[Point] = ["store", "mark", "first", "second", "last"]
 KILLED = 128 + signal.SIGKILL
 CLOCK_NANOSLEEP = "230 "  # x86-64: how SQLite waits for another's transaction
 
@@ -82,8 +83,10 @@ async def killed_in_commit(lab: Bed, point: Point, tool: SkippingTool) -> None:
         os.kill(worker, signal.SIGKILL)
         worker = 0  # what comes now is the clean-up's
 
-    async def on_command(name: str, _: dict[str, Any]) -> None:
+    async def on_command(name: str, arguments: dict[str, Any]) -> None:
         nonlocal removed
+        if worker and point == "mark" and str(arguments.get("node-name", "")).startswith(NEW):
+            kill()
         if worker and name == "block-dirty-bitmap-remove":
             removed += 1
             if removed == {"first": 1, "second": 2}.get(point):

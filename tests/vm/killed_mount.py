@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Take a snapshot in a process of its own and say `ready`, to be killed by a test.
 
-python -m tests.vm.killed_mount QMP_SOCKET FOLDER
+python -m tests.vm.killed_mount QMP_SOCKET FOLDER [TARGET]
 """
 
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import trio
 
+from qfsbackup.chain import open_chain
 from qfsbackup.sources.qemu import QemuSource
 from qfsbackup.status import Status
 
 
 async def main() -> None:
-    socket, folder = map(Path, sys.argv[1:])
-    source = QemuSource(socket=socket, runtime=folder, fleece=folder, status=Status())
-    async with source.snapshot():
+    socket, folder = map(Path, sys.argv[1:3])
+    async with AsyncExitStack() as stack:
+        request = None
+        for target in sys.argv[3:]:
+            request = (await stack.enter_async_context(open_chain(target, folder, None, in_image=True))).request
+        source = QemuSource(socket=socket, runtime=folder, fleece=folder, status=Status(), vm="vm", checkpoint=request)
+        await stack.enter_async_context(source.snapshot())
         print("ready", flush=True)
         await trio.sleep_forever()
 

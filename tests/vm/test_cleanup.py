@@ -28,9 +28,9 @@ async def clean(vm: Vm) -> list[str]:
 
 
 @contextlib.asynccontextmanager
-async def mount_process(qmp: Path, folder: Path) -> AsyncIterator[trio.Process]:
+async def mount_process(qmp: Path, folder: Path, *target: str) -> AsyncIterator[trio.Process]:
     """A process that takes a snapshot; its stdout tells when it has it."""
-    command = [sys.executable, "-m", "tests.vm.killed_mount", str(qmp), str(folder)]
+    command = [sys.executable, "-m", "tests.vm.killed_mount", str(qmp), str(folder), *target]
     async with trio.open_nursery() as nursery:
         process: trio.Process = await nursery.start(
             partial(trio.run_process, command, stdout=subprocess.PIPE, check=False)

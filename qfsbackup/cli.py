@@ -23,8 +23,9 @@ from qfsbackup.commands.run import default_mountpoint, make_mountpoint, run
 from qfsbackup.commands.status import as_json, as_text, collect
 from qfsbackup.commands.umount import umount_and_wait
 from qfsbackup.console import open_standard_descriptors, output, reported
-from qfsbackup.errors import EXIT_RUN, EXIT_SYSTEM, EXIT_USAGE, UserError
+from qfsbackup.errors import EXIT_MOUNT, EXIT_RUN, EXIT_SYSTEM, EXIT_USAGE, UserError
 from qfsbackup.sources.name import absolute
+from qfsbackup.vm.presence import is_off
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -146,6 +147,12 @@ def _mount_helper(words: list[str]) -> int:
     request = _request(arguments, arguments.directory, level)
     if arguments.fake:
         request.options()
-    else:
+        return 0
+    try:
         mount_in_background(request)
+    except UserError as error:
+        nofail = "nofail" in ",".join(arguments.options).split(",")
+        if nofail and error.exit_code == EXIT_MOUNT and is_off(request.source):
+            return 0  # mount(8), nofail: no errors for a device that does not exist
+        raise
     return 0

@@ -61,6 +61,9 @@ def mistake(line: str, code: int, *words: str, lines: int = 2) -> Mistake:
 
 ANY = -1
 UMOUNT = "qfsbackup umount $MNT"
+RUN = "mkdir -p -m 700 state; qfsbackup run $QMP --mountpoint $MNT -o target=t,state=$PWD/state"
+FORGET = "qfsbackup checkpoints $QMP -o state=$PWD/state --delete t > /dev/null"
+STALE = "python3 -c 'import socket; socket.socket(1).bind(\"old\")'"
 USER = "setpriv --reuid=41234 --regid=41234 --clear-groups --inh-caps=-all --"
 CLOSED = ("<&-", ">&-", "2>&-", "<&- >&- 2>&-")
 
@@ -96,6 +99,12 @@ NO_VM = [
     mistake("mount.qfsbackup a.qmp $MNT -o rw,allow_other", 1, "allow_other", "uid=, gid= or mode="),
     mistake("mount.qfsbackup a.qmp $MNT -o remount,ro", 1, "cannot be mounted again", "qfsbackup umount DIR"),
     mistake("qfsbackup mount nbd://localhost/ $MNT -o discard=release", 1, "server's own data", "trim-server-data"),
+    # nofail, as mount(8) says it: no error where there is no device, but one where it is something else
+    mistake("mount.qfsbackup $QMP $MNT -o ro,nofail", 0, lines=0),
+    mistake(f"{STALE}; mount.qfsbackup old $MNT -o nofail", 0, lines=0),
+    mistake("mount.qfsbackup old $MNT -o ro", 32, "Connection refused", "is the VM running"),
+    mistake("mount.qfsbackup disk.raw $MNT -o nofail", 32, "is a disk image"),
+    mistake("mount.qfsbackup $QMP $MNT -o nofail,wrong", 1, "unknown option: wrong"),
     # where the output goes
     mistake("qfsbackup status > /dev/full", 2, "cannot write the output: No space left on device"),
     mistake("qfsbackup status --json > /dev/full", 2, "cannot write the output"),
@@ -135,6 +144,30 @@ VM += [
     mistake(
         "echo '#!/bin/sh' > u; chmod +x u; qfsbackup run $QMP --mountpoint $MNT -- ./u", 0, "took a snapshot", lines=ANY
     ),
+    # how run ends: what was read, committed, and what comes next (each target is new, so its bitmaps go again)
+    mistake(
+        f"{RUN} -- true; c=$?; {FORGET}; exit $c",
+        0,
+        "read nothing of vda, vdb: does it back up what you mean?",
+        "vda: 4 MiB of 4 MiB dirty (new), 0 B read",
+        "committed to target t\n",
+        "the next backup of vda is incremental, unless QEMU is restarted before it (a raw image holds none)",
+        "the next backup of vdb is incremental\n",
+        lines=ANY,
+    ),
+    mistake(
+        f"{RUN} -- sh -c 'cat images/vda.raw; exit 7' > /dev/null",
+        7,
+        "vda: 4 MiB of 4 MiB dirty (new), 4 MiB read",
+        "vdb: 4 MiB of 4 MiB dirty (new), 0 B read",
+        "the command ended with status 7\n",
+        "not committed to target t",
+        lines=ANY,
+    ),
+    mistake(
+        f"{RUN} -- sh -c 'kill $$'", 143, "the command ended with status 143 (SIGTERM)", "not committed", lines=ANY
+    ),
+    mistake("qfsbackup run $QMP --mountpoint $MNT -- true", 0, "there is no target=, so the next backup", lines=ANY),
     # a loop device on an image
     mistake(
         f"qfsbackup mount $QMP $MNT; L=$(losetup -r -f --show $MNT/images/vda.raw); {UMOUNT}; c=$?;"

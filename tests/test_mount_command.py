@@ -69,6 +69,8 @@ async def test_fstab_mounts_and_a_failure_has_two_lines_and_32(vm: Vm, directory
     assert await aside(os.listdir, directory / "images") == ["vdb.raw"]
     assert await qfsbackup("umount", directory) == DONE
     (await command("mount", "-t", "qfsbackup", tmp_path / "none.qmp", directory)).refused(32, "none.qmp")
+    fstab.write_text(f"{tmp_path / 'off.qmp'} {directory} qfsbackup ro,nofail 0 0\n")
+    assert await command("mount", "-a", "-T", fstab) == DONE
     wrong = await command("mount", "-t", "qfsbackup", vm.qmp, directory, "-o", "nope=1")
     wrong.refused(1, "unknown option: nope")
 

@@ -20,9 +20,9 @@ from qfsbackup.commands.commit import AGAIN, commit, unread
 from qfsbackup.commands.executable import find_executable
 from qfsbackup.commands.keeper import started
 from qfsbackup.commands.mount import MountRequest, mount_in_background
-from qfsbackup.commands.progress import progress, read_bytes
+from qfsbackup.commands.progress import progress
 from qfsbackup.commands.run_signals import RunSignals
-from qfsbackup.commands.status import human
+from qfsbackup.commands.summary import summarize
 from qfsbackup.commands.umount import BusyError, end_and_wait, umount_and_wait
 from qfsbackup.errors import EXIT_RUN, UserError
 from qfsbackup.mounts import detach_dead, find_mount
@@ -53,7 +53,7 @@ def run(request: MountRequest, command: Sequence[str], *, discarded_on_purpose: 
     except UserError as error:
         error.exit_code = EXIT_RUN
         raise
-    _summary(status, time.monotonic() - begin)
+    summarize(status, code, time.monotonic() - begin)
     if status["broken"] and code == 0:
         raise UserError(
             f"the snapshot broke while the command ran: {status['broken']}",
@@ -109,16 +109,3 @@ def _unmount(mountpoint: Path) -> dict[str, Any]:
         status = find_mount(mountpoint).status()
         end_and_wait(mountpoint)
         return status
-
-
-def _summary(status: dict[str, Any], seconds: float) -> None:
-    disks = status["disks"].values()
-    log.info(
-        "%d disks, %s dirty, %s read, fleecing peak %s, guest paused %.1f ms, %.0f s",
-        len(disks),
-        human(sum(disk["dirty"] for disk in disks)),
-        human(read_bytes(status)),
-        human(status["fleecing"]["peak"]),
-        status["pause_ms"],
-        seconds,
-    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 
 def listens(path: str | os.PathLike[str]) -> bool:
@@ -18,3 +19,8 @@ def listens(path: str | os.PathLike[str]) -> bool:
         except OSError:
             return True
     return True
+
+
+def is_off(path: str) -> bool:
+    """Is this a VM that does not run: no file, or a socket that QEMU has left?"""
+    return not Path(path).exists() or (Path(path).is_socket() and not listens(path))

@@ -124,6 +124,12 @@ def mountpoints_of(devices: set[int]) -> list[Path]:
     return found
 
 
+def kinds_of(device: int) -> set[str]:
+    """The type, as mount(8) shows it, of the mounted file system with this number (st_dev); none where none has it."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return {line.partition(" - ")[2].split(" ")[0] for line in _table() if line.split(" ")[2] == number}
+
+
 def _device(number: str, source: str) -> int:
     """btrfs has numbers of its own, with major 0: only its source tells the device."""
     major, minor = map(int, number.split(":"))

@@ -2,12 +2,14 @@
 """`qfsbackup restore --force` overwrites nothing that somebody uses, and says who that is."""
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from qfsbackup import mounts
 from qfsbackup.commands import in_use
 from qfsbackup.commands.restore import restore
 from qfsbackup.errors import UserError
@@ -85,6 +87,23 @@ def test_an_open_is_seen_where_the_process_is_not(chunks: Path, tmp_path: Path) 
     with opened_by_a_shell(output), left_alone(output, "has it open"):
         restore(chunks, output, force=True)
     restore(chunks, output, force=True)
+
+
+@pytest.mark.usefixtures("no_processes")
+@pytest.mark.parametrize("kind", ["nfs4", "cifs"])
+def test_a_server_that_gives_no_lease_is_not_taken_for_a_use(
+    chunks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A made-up mountinfo, for there is no such server; another's open stands for the lease that is refused."""
+    output = tmp_path / "disk.raw"
+    output.write_bytes(b"old")
+    device = output.stat().st_dev
+    line = f"36 35 {os.major(device)}:{os.minor(device)} / /mnt rw - {kind} server:/ rw\n"
+    (tmp_path / "mountinfo").write_text(line)
+    monkeypatch.setattr(mounts, "MOUNTINFO", tmp_path / "mountinfo")
+    with opened_by_a_shell(output):
+        restore(chunks, output, force=True)
+    assert output.read_bytes() == (tmp_path / "expected").read_bytes()
 
 
 def test_what_comes_into_use_meanwhile_is_left_alone(

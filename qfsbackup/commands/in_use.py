@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qfsbackup.errors import EXIT_SYSTEM, UserError
-from qfsbackup.mounts import mountpoints_of
+from qfsbackup.mounts import kinds_of, mountpoints_of
 
 FLOCK = struct.Struct("hhqqi4x")  # struct flock of fcntl(2): type, whence, start, length (0: up to the end), pid
+NO_LEASES = {"nfs", "nfs4", "cifs", "smb3"}  # they refuse one with the same EAGAIN where the server has not given it
 PROC, SYS = Path("/proc"), Path("/sys")
 
 
@@ -168,6 +169,8 @@ def _locked(descriptor: int) -> bool:
 
 def _open_elsewhere(descriptor: int) -> bool:
     """Is the file open once more? Only then does the kernel refuse a write lease with EAGAIN (fcntl(2))."""
+    if kinds_of(os.fstat(descriptor).st_dev) & NO_LEASES:
+        return False
     with _no_sigio():
         try:
             fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)

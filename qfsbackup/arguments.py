@@ -176,7 +176,7 @@ def _restore_parser(commands: argparse._SubParsersAction[Parser]) -> None:
     parser.add_argument("--format", choices=("raw", "qcow2"), help="instead of what OUTPUT's name says")
     parser.add_argument("--force", action="store_true", help="overwrite OUTPUT, if nobody uses it")
     parser.add_argument(
-        "--torn", action="store_true", help="restore chunks that are not all of one backup, which vm.json tells"
+        "--torn", action="store_true", help="restore chunks that are not all of one backup, or not all of it"
     )
     parser.set_defaults(terminal_level=logging.INFO)
 

@@ -20,6 +20,7 @@ from qfsbackup.commands.chunk_set import ChunkSet, find_chunks
 from qfsbackup.commands.described import HINT, check_together
 from qfsbackup.commands.in_use import check_unused
 from qfsbackup.commands.output import Format, cannot_write, check_output, chosen_format
+from qfsbackup.commands.partitions import check_end
 from qfsbackup.commands.progress import bytes_done
 from qfsbackup.commands.status import human
 from qfsbackup.errors import EXIT_SYSTEM, EXIT_USAGE, UserError
@@ -39,7 +40,7 @@ def restore(
     """Write the disk whose chunks are below `folder` to `output`.
 
     Without `format_` the name's suffix says it; what is not .qcow2 is raw. `force`: overwrite. `torn`: also where the
-    chunks are not of one backup. Raises UserError.
+    chunks are not of one backup, or not all of it. Raises UserError.
     """
     chunks = find_chunks(folder)
     form = chosen_format(output, format_)
@@ -48,6 +49,8 @@ def restore(
     if device and form != "raw":
         raise UserError("a block device takes a raw image", "Leave --format out, or name a file.", EXIT_USAGE)
     check_together(chunks.folder, chunks.times, chunks.described, torn=torn)
+    if not chunks.described:
+        check_end(next(chunks.paths()), chunks.size, torn=torn)
     try:
         with _image(output, form, chunks.size, device=device, force=force) as image:
             _copy(chunks, image, zeros=device)

@@ -56,7 +56,7 @@ def _failed(mount: Mount, error: OSError) -> UserError:
 
 def unread(status: dict[str, Any]) -> str:
     """What of a mount was discarded before anybody read it, for a person; empty: nothing."""
-    return discarded({name: disk["discarded_unread"] for name, disk in status["disks"].items()})
+    return discarded({name: disk.get("discarded_unread", 0) for name, disk in status["disks"].items()})
 
 
 def _refused(directory: Path, reason: str, hint: str = UNDONE) -> UserError:

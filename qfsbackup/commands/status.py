@@ -79,7 +79,7 @@ def _mount_text(status: dict[str, Any]) -> str:
 
 
 def _disk_text(name: str, disk: dict[str, Any]) -> str:
-    unread = disk["discarded_unread"]
+    unread = disk.get("discarded_unread", 0)
     return (
         f"  {name}: {human(disk['size'])}, data {human(disk['data'])}, dirty {human(disk['dirty'])}"
         f" ({disk['bitmap']}); read {human(disk['read_bytes'])}, over NBD {human(disk['nbd_bytes'])},"

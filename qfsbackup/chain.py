@@ -14,23 +14,25 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import trio
 
-from qfsbackup.errors import EXIT_SYSTEM, FsError, UserError
+from qfsbackup.errors import EXIT_SYSTEM, UserError
 from qfsbackup.fs.grid import Grid, plan
+from qfsbackup.health import check
 from qfsbackup.model import CheckpointRequest, Disk, Known, Snapshot
-from qfsbackup.patience import NoAnswerError, in_time
+from qfsbackup.patience import NoAnswerError, Patience, in_time
 from qfsbackup.state.store import DiskState, Store, committed_generations, new_generation, open_store
 from qfsbackup.status import Status
 
 log = logging.getLogger(__name__)
 
 STORE_TIMEOUT = 60.0  # seconds for one call; fsync(2) waits for all that is to be written before it
+ANSWER_TIMEOUT = 60.0  # seconds for every disk to answer before a commit
 CLOSE_TIMEOUT = 5.0  # seconds, also for a commit in the middle of which the mount is ended
 
 T = TypeVar("T")
@@ -53,7 +55,7 @@ class Chain:
         self._chunk = chunk
         self._stack = ExitStack()
         self._store: Store | None = None
-        self._is_silent = False  # has the store been asked, and not answered
+        self._patience = Patience(STORE_TIMEOUT, CLOSE_TIMEOUT)
         self._id = ""  # the store's
         self._generations: dict[str, str] = {}
         self._next: dict[str, DiskState] = {}
@@ -83,24 +85,14 @@ class Chain:
 
     async def _ask(self, call: Callable[[], T], *, grace: float = 0.0) -> T:
         """What a call of the store returns. Raises UserError, also where it does not answer."""
-        if self._is_silent:
-            raise _silence(self._folder)
-        self._is_silent = True
         try:
-            result = await in_time(call, STORE_TIMEOUT, grace=grace)
+            return await self._patience.ask(call, grace=grace)
         except NoAnswerError:
             raise _silence(self._folder) from None
-        except UserError:
-            self._is_silent = False
-            raise
-        self._is_silent = False
-        return result
 
     async def close(self) -> None:
-        """Let the store go, unless a call is still at it; then it goes with the process."""
-        if not self._is_silent:
-            with trio.CancelScope(shield=True), suppress(NoAnswerError):
-                await in_time(self._stack.close, CLOSE_TIMEOUT)
+        """Let the store go."""
+        await self._patience.let_go(self._stack.close)
 
     @property
     def _opened(self) -> Store:
@@ -164,17 +156,10 @@ class Chain:
 
 
 async def _check_whole(disks: Sequence[Disk], status: Status) -> None:
-    """QEMU tells nobody that a snapshot broke, but the next read of it fails."""
-    try:
-        for disk in disks:
-            await disk.probe()
-    except FsError as error:
-        status.mark_broken(str(error))
-    status.check_fleecing()
-    if status.broken:
-        raise UserError(
-            f"not committed: the snapshot is broken: {status.broken}", "Take the backup once more.", EXIT_SYSTEM
-        )
+    answered = await check(status, disks, ANSWER_TIMEOUT)
+    if status.broken or not answered:
+        reason = f"the snapshot is broken: {status.broken}" if status.broken else "not every disk answers"
+        raise UserError(f"not committed: {reason}", "Take the backup once more.", EXIT_SYSTEM)
 
 
 def _ticks() -> int:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import trio
 
@@ -21,15 +23,17 @@ from qfsbackup.chain import Chain, committed, open_chain
 from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_SYSTEM, EXIT_UNRESTORED, UserError
 from qfsbackup.fuse.mount import check_mountpoint, mounted
 from qfsbackup.fuse.operations import Owner
+from qfsbackup.health import check, look_at_files
 from qfsbackup.log import only_warnings
-from qfsbackup.model import Sockets, Source
+from qfsbackup.model import Disk, Sockets, Source
 from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.nbd.budget import Budget
 from qfsbackup.nbd.disk import open_disk
 from qfsbackup.nbd.listing import list_exports
 from qfsbackup.notify import STOPPING, notify
 from qfsbackup.options import Options
-from qfsbackup.runtime import runtime_folder
+from qfsbackup.patience import NoAnswerError, in_time
+from qfsbackup.runtime import RUNTIME, runtime_folder
 from qfsbackup.signals import HANDED_ON, TELLING, acted_on
 from qfsbackup.sources.qemu import QemuSource
 from qfsbackup.sources.uri import UriSource, is_nbd_uri
@@ -40,6 +44,10 @@ from qfsbackup.watch import watch_fleecing
 from qfsbackup.watchdog import tell_the_watchdog
 
 log = logging.getLogger(__name__)
+
+FOLDER_TIMEOUT = 20.0  # seconds
+
+T = TypeVar("T")
 
 
 def serve(source: str, mountpoint: Path, options: Options, ready: Callable[[], None]) -> int:
@@ -96,9 +104,9 @@ async def _serve(
     ended_by: Callable[[signal.Signals], None],
 ) -> None:
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(_ended_by_signals(ended_by))
-        check_mountpoint(mountpoint)
-        runtime = stack.enter_context(runtime_folder())
+        ending = await stack.enter_async_context(_ended_by_signals(ended_by))
+        await _asked(f"the mountpoint {mountpoint}", partial(check_mountpoint, mountpoint))
+        runtime = await _asked(str(RUNTIME), partial(stack.enter_context, runtime_folder()))
         chain = await _chain(options, stack)
         found = _find_source(source, runtime, options, status, chain)
         snapshot = await stack.enter_async_context(found.snapshot())
@@ -112,7 +120,10 @@ async def _serve(
         ]
         tree = await make_tree(snapshot, disks, chain, options, status)
         owner = Owner(options.uid, options.gid, options.mode, options.read_only)
+        await look_at_files(status)
+        stack.push_async_callback(_last_look, status, disks)
         unmounted = await stack.enter_async_context(mounted(tree, mountpoint, source, owner, sockets))
+        ending.end = unmounted.set
         stack.callback(notify, STOPPING)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(watch_fleecing, status, disks)
@@ -120,6 +131,20 @@ async def _serve(
             ready()
             await unmounted.wait()
             nursery.cancel_scope.cancel()
+
+
+async def _asked(what: str, call: Callable[[], T]) -> T:
+    """What `call` returns, which asks a file system that may hang. Raises UserError."""
+    try:
+        return await in_time(call, FOLDER_TIMEOUT)
+    except NoAnswerError as error:
+        raise UserError(f"{what}: {error}", "See whether its file system hangs, or who holds a lock there.") from None
+
+
+async def _last_look(status: Status, disks: Sequence[Disk]) -> None:
+    """Before the exit status is decided, however the mount ends."""
+    with trio.CancelScope(shield=True):
+        await check(status, disks)
 
 
 async def _chain(options: Options, stack: AsyncExitStack) -> Chain | None:
@@ -157,8 +182,15 @@ def _find_source(source: str, runtime: Path, options: Options, status: Status, c
     )
 
 
+@dataclass(slots=True)
+class _Ending:
+    """What a signal that ends calls: once there is something to be looked at a last time, nothing may be cancelled."""
+
+    end: Callable[[], None]
+
+
 @asynccontextmanager
-async def _ended_by_signals(ended_by: Callable[[signal.Signals], None]) -> AsyncIterator[None]:
+async def _ended_by_signals(ended_by: Callable[[signal.Signals], None]) -> AsyncIterator[_Ending]:
     """ENDING cancels what runs inside; its contexts then end in order. SIGUSR1 logs every task's stack."""
     numbers = acted_on()
     for number in numbers:
@@ -175,8 +207,9 @@ async def _ended_by_signals(ended_by: Callable[[signal.Signals], None]) -> Async
                         continue
                     ended_by(signal.Signals(number))
                     log.info("ending: %s", signal.Signals(number).name)
-                    nursery.cancel_scope.cancel()
+                    ending.end()
 
+            ending = _Ending(nursery.cancel_scope.cancel)
             nursery.start_soon(wait)
-            yield
+            yield ending
             nursery.cancel_scope.cancel()

@@ -42,7 +42,7 @@ class Export:
     dirty_context: str | None  # NBD meta context that marks dirty extents; None: everything is dirty
     can_trim: bool  # may what nobody reads any more be given back: only what is ours, or was said to be free to go
     request_unit: int | None = None  # no read may cross a multiple of this: it could return what was written since
-    copied: Callable[[], RangeSet] | None = None  # what may be reported as zero although it is data: look after asking
+    copied: Callable[[], RangeSet] | None = None  # data that may be reported as zero: look after asking, in a thread
     allocation: bool = True  # may the server be asked what is zero
     low_water: int | None = None  # from here on all is dirty, whatever the context says: the disk was resized
     bitmap: BitmapStatus = "none"

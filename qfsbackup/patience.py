@@ -9,6 +9,7 @@ for one call before the next, or gives up for good.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import trio
@@ -47,6 +48,39 @@ async def in_time(call: Callable[[], T], seconds: float, *, grace: float = 0.0) 
     if not result:
         raise NoAnswerError(f"no answer within {seconds:.0f} s")
     return result[0]
+
+
+class Patience:
+    """With one thing that is asked again and again. Once it did not answer in time it is not asked any more."""
+
+    def __init__(self, seconds: float, closing: float) -> None:
+        """`seconds` for each call; `closing` for one that gives something back."""
+        self._seconds = seconds
+        self._closing = closing
+        self.is_over = False  # also while a call is with it
+
+    async def ask(self, call: Callable[[], T], *, grace: float = 0.0) -> T:
+        """See `in_time`. Raises NoAnswerError."""
+        return await self._ask(call, self._seconds, grace)
+
+    async def _ask(self, call: Callable[[], T], seconds: float, grace: float) -> T:
+        if self.is_over:
+            raise NoAnswerError("it did not answer before")
+        self.is_over = True
+        try:
+            result = await in_time(call, seconds, grace=grace)
+        except NoAnswerError:
+            raise
+        except Exception:
+            self.is_over = False
+            raise
+        self.is_over = False
+        return result
+
+    async def let_go(self, call: Callable[[], object]) -> None:
+        """Give something back, also when cancelled. Where that does not return, it goes with the process."""
+        with trio.CancelScope(shield=True), suppress(NoAnswerError):
+            await self._ask(call, self._closing, 0.0)
 
 
 async def _hurry(scope: trio.CancelScope, grace: float) -> None:

@@ -3,12 +3,15 @@
 
 Also the one place that knows whether the snapshot is still whole. Once it is broken it stays broken, and every read of
 every disk fails from then on: a backup that misses a piece must not look like one that does not.
+
+Nothing here waits: what storage knows is what the last look found.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -45,8 +48,16 @@ class DiskStatus:
     punched: int = 0  # punched by readers
     discarded_unread: Callable[[], int] = field(default=lambda: 0)  # of what was punched: data that nobody had read
     trimmed: int = 0  # given back to the server
-    fleecing_used: Callable[[], int] = field(default=lambda: 0)  # allocated in the fleecing file, now
-    fleecing_lost: Callable[[], bool] = field(default=lambda: False)  # could its file system not store all of it
+    fleecing_used: int = 0  # allocated in the fleecing file at the last look
+
+
+@dataclass(frozen=True, slots=True)
+class FleecingLook:
+    """What one look at the fleecing files found; sizes in bytes."""
+
+    used: Mapping[str, int]  # by the disk's name
+    lost: Sequence[str]  # the disks of which the file system could not store all
+    free: int  # left in the folder's file system
 
 
 @dataclass(slots=True)
@@ -59,7 +70,9 @@ class Status:
     vm_gone: str | None = None  # why QEMU can no longer be reached
     unrestored: str | None = None  # what QEMU still has of ours, or why that is not known; None: nothing
     fleecing_limit: int | None = None  # bytes over all disks
-    fleecing_free: Callable[[], int] = field(default=lambda: 0)  # bytes left in the fleecing folder's file system
+    look_at_fleecing: Callable[[], FleecingLook] | None = None  # may hang: see health.look_at_files
+    looked: float | None = None  # when that was done last, by the monotonic clock
+    fleecing_free: int = 0  # bytes left in the fleecing folder's file system
     fleecing_peak: int = 0  # the most they held at any look
     fleecing_warning: bool = False  # will there soon be no room left
     fleecing_full_in: float | None = None  # seconds, at the rate of the last minute; None: they do not grow
@@ -70,17 +83,20 @@ class Status:
             self.broken = reason
             log.error("the snapshot is broken: %s; every read fails from now on", reason)
 
-    def check_fleecing(self) -> None:
-        """Mark the snapshot broken where a fleecing file lost data after QEMU had written it."""
-        for name, disk in self.disks.items():
-            if disk.fleecing_lost():
-                self.mark_broken(f"the fleecing file of {name} could not be stored: its file system had an error")
+    def note(self, look: FleecingLook) -> None:
+        """Remember it; the snapshot is broken where a fleecing file lost data after QEMU had written it."""
+        self.looked = time.monotonic()
+        self.fleecing_free = look.free
+        for name, used in look.used.items():
+            self.disks[name].fleecing_used = used
+        self.fleecing_peak = max(self.fleecing_peak, self.fleecing_used)
+        for name in look.lost:
+            self.mark_broken(f"the fleecing file of {name} could not be stored: its file system had an error")
 
+    @property
     def fleecing_used(self) -> int:
-        """Bytes that all fleecing files hold now."""
-        used = sum(disk.fleecing_used() for disk in self.disks.values())
-        self.fleecing_peak = max(self.fleecing_peak, used)
-        return used
+        """Bytes that all fleecing files held at the last look."""
+        return sum(disk.fleecing_used for disk in self.disks.values())
 
     def as_dict(self) -> dict[str, object]:
         """The shape that the README documents; keys are only ever added to a `format`."""
@@ -91,9 +107,10 @@ class Status:
             "broken": self.broken,
             "vm_gone": self.vm_gone,
             "fleecing": {
-                "used": self.fleecing_used(),
+                "used": self.fleecing_used,
                 "peak": self.fleecing_peak,
-                "free": self.fleecing_free(),
+                "free": self.fleecing_free,
+                "age_s": None if self.looked is None else round(time.monotonic() - self.looked, 3),
                 "limit": self.fleecing_limit,
                 "warning": self.fleecing_warning,
                 "full_in_s": None if self.fleecing_full_in is None else round(self.fleecing_full_in),
@@ -120,7 +137,7 @@ def _disk_dict(disk: DiskStatus) -> dict[str, object]:
         "punched": disk.punched,
         "discarded_unread": disk.discarded_unread(),
         "trimmed": disk.trimmed,
-        "fleecing_used": disk.fleecing_used(),
+        "fleecing_used": disk.fleecing_used,
     }
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
 from qfsbackup.chain import Chain, Numbers
 from qfsbackup.errors import EXIT_SYSTEM, FsError, UserError
+from qfsbackup.fs.control import CHECK, COMMIT, ON_PURPOSE, Words
 from qfsbackup.fs.description import Look, describe, iso_time
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.grid import Grid, plan
 from qfsbackup.fs.tree import ShownDisk, Tree, build_tree
+from qfsbackup.health import check
 from qfsbackup.model import Disk, Snapshot
 from qfsbackup.options import Options
 from qfsbackup.ranges import RangeSet
@@ -49,7 +51,7 @@ async def make_tree(
         base_instants=chain.base_instants if chain else {},
         images=images,
         release=options.discard == "release",
-        commit=partial(_commit, chain, snapshot, disks, status) if chain else None,
+        words=_words(chain, snapshot, disks, status),
     )
     return build_tree(snapshot, shown, status, describe(snapshot, grids, look), look)
 
@@ -80,10 +82,19 @@ async def _leave_out_clean(shown: Sequence[ShownDisk], grids: Mapping[str, Grid]
             await disk.frozen.release(start, end)
 
 
+def _words(chain: Chain | None, snapshot: Snapshot, disks: Sequence[Disk], status: Status) -> Words:
+    """What the control file does."""
+    words: dict[bytes, Callable[[], Awaitable[object]]] = {CHECK: partial(check, status, disks)}
+    if chain:
+        words[COMMIT] = partial(_commit, chain, snapshot, disks, status, discarded_on_purpose=False)
+        words[ON_PURPOSE] = partial(_commit, chain, snapshot, disks, status, discarded_on_purpose=True)
+    return words
+
+
 async def _commit(
     chain: Chain, snapshot: Snapshot, disks: Sequence[Disk], status: Status, discarded_on_purpose: bool
 ) -> None:
-    """What the control file does."""
+    """What `commit` does."""
     try:
         if not (discarded_on_purpose or chain.committed):
             _check_read(status)

@@ -16,6 +16,7 @@ from contextlib import suppress
 import trio
 
 from qfsbackup.errors import FsError
+from qfsbackup.health import look_at_files
 from qfsbackup.model import Disk
 from qfsbackup.status import Status
 
@@ -50,24 +51,24 @@ async def _probe(disks: Sequence[Disk]) -> None:
 async def _watch_files(status: Status) -> None:
     trend = Trend()
     while True:
-        used = status.fleecing_used()
+        await look_at_files(status)
         if _over_limit(status):
-            status.mark_broken(f"the fleecing files hold {used} bytes, over fleece-limit={status.fleecing_limit}")
-        status.check_fleecing()
+            held = status.fleecing_used
+            status.mark_broken(f"the fleecing files hold {held} bytes, over fleece-limit={status.fleecing_limit}")
         if status.broken:
             return
-        trend.add(trio.current_time(), used)
-        _warn(status, used, trend)
+        trend.add(trio.current_time(), status.fleecing_used)
+        _warn(status, status.fleecing_used, trend)
         await trio.sleep(INTERVAL)
 
 
 def _over_limit(status: Status) -> bool:
-    return status.fleecing_limit is not None and status.fleecing_used() > status.fleecing_limit
+    return status.fleecing_limit is not None and status.fleecing_used > status.fleecing_limit
 
 
 def _warn(status: Status, used: int, trend: Trend) -> None:
     """Note in `status` when they will be full, and say it once where that is near."""
-    room = used + status.fleecing_free()
+    room = used + status.fleecing_free
     limit = room if status.fleecing_limit is None else min(status.fleecing_limit, room)
     status.fleecing_full_in = (limit - used) / trend.rate if trend.rate else None
     near = used > limit * (CALM_AT if status.fleecing_warning else WARN_AT)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -24,19 +25,22 @@ def commit(directory: Path, *, discarded_on_purpose: bool = False) -> None:
     """
     mount = find_mount(directory)
     try:
-        descriptor = os.open(mount.mountpoint / ".qfsbackup" / "control", os.O_RDONLY)
-    except FileNotFoundError:
-        raise UserError(
-            f"{directory} was mounted without a target, so there is nothing to commit",
-            "Mount it with -o target=NAME.",
-            EXIT_USAGE,
-        ) from None
+        give(mount, ON_PURPOSE if discarded_on_purpose else COMMIT)
     except OSError as error:
-        raise _refused(directory, error.strerror or str(error)) from None
-    try:
-        fcntl.ioctl(descriptor, GIVE, (ON_PURPOSE if discarded_on_purpose else COMMIT).ljust(WORDS))
-    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise UserError(
+                f"{directory} was mounted without a target, so there is nothing to commit",
+                "Mount it with -o target=NAME.",
+                EXIT_USAGE,
+            ) from None
         raise _failed(mount, error) from None
+
+
+def give(mount: Mount, word: bytes) -> None:
+    """Give the control file a word; returns when that is done. Raises OSError."""
+    descriptor = os.open(mount.mountpoint / ".qfsbackup" / "control", os.O_RDONLY)
+    try:
+        fcntl.ioctl(descriptor, GIVE, word.ljust(WORDS))
     finally:
         os.close(descriptor)
 

@@ -13,7 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from qfsbackup.commands.commit import give
 from qfsbackup.errors import EXIT_SYSTEM, EXIT_USAGE, UserError
+from qfsbackup.fs.control import CHECK
 from qfsbackup.mounts import MNT_DETACH, Mount, find_mount, mountpoints_of, umount
 from qfsbackup.runtime import LeftNote
 
@@ -76,6 +78,9 @@ def end_and_wait(directory: Path) -> None:
 
 
 def _last_status(mount: Mount) -> dict[str, Any]:
+    """After one more look at the snapshot: what broke a moment ago is broken, too."""
+    with suppress(OSError):  # a dead mount, or a signal
+        give(mount, CHECK)
     try:
         return mount.status()
     except PermissionError:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from qfsbackup.fs import chunk_times
-from qfsbackup.fs.control import Commit
+from qfsbackup.fs.control import Words
 from qfsbackup.fs.grid import Grid
 from qfsbackup.fs.names import file_name
 from qfsbackup.model import Export, Snapshot
@@ -32,7 +32,7 @@ class Look:
     release: bool = False  # give chunks back once they were read
     target: str | None = None
     base_instants: Mapping[str, int] = field(default_factory=dict)  # by the disk's name, where there is a base
-    commit: Commit | None = None  # what the control file does; None: there is none
+    words: Words = field(default_factory=dict)  # that the control file takes; none: there is no such file
 
 
 def describe(snapshot: Snapshot, grids: Mapping[str, Grid], look: Look) -> bytes:

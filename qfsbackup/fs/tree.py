@@ -87,8 +87,8 @@ def build_tree(
         "config": folder(Top.CONFIG, dict(_config(snapshot.config, look))),
     }
     service: dict[str, Node] = {"status.json": LiveFile(inode(Kind.TOP, None, Top.STATUS), time, live_status)}
-    if look.commit:
-        service["control"] = ControlFile(inode(Kind.TOP, None, Top.CONTROL), time, look.commit)
+    if look.words:
+        service["control"] = ControlFile(inode(Kind.TOP, None, Top.CONTROL), time, look.words)
     return Tree(time, entries, folder(Top.SERVICE, service), chunked)
 
 

@@ -20,7 +20,7 @@ from functools import partial
 
 import trio
 
-from qfsbackup.errors import FsError
+from qfsbackup.errors import FsError, UserError
 from qfsbackup.model import CLUSTER, Answer, Disk, Export, ShortRead, Sockets
 from qfsbackup.nbd import extents
 from qfsbackup.nbd.bandwidth import Bandwidth
@@ -31,12 +31,14 @@ from qfsbackup.nbd.fetch import Fetch
 from qfsbackup.nbd.handle import where
 from qfsbackup.nbd.pool import Pool, WithdrawnError, pool
 from qfsbackup.nbd.readahead import Block, Readahead
+from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.ranges import RangeSet
 from qfsbackup.seen import Seen
 from qfsbackup.status import DiskStatus, Status
 
 ZEROS = memoryview(bytes(1 << 20))
 SECTOR = 512
+COPIED_TIMEOUT = 30.0  # seconds
 MAX_TRIM = 1 << 30  # bytes a request; its length has 32 bits
 
 
@@ -280,4 +282,11 @@ async def _allocation(export: Export) -> RangeSet:
     if not export.allocation:
         return RangeSet([(0, export.size)])
     data = await extents.allocation(export.uri, export.size)
-    return data | export.copied() if export.copied else data
+    if export.copied is None:
+        return data
+    try:
+        return data | await in_time(export.copied, COPIED_TIMEOUT)
+    except NoAnswerError:
+        raise UserError(
+            "the fleecing folder does not answer", "See whether its file system hangs, or name another: -o fleece=DIR"
+        ) from None

@@ -21,7 +21,7 @@ from qfsbackup.vm.checkpoints import report, starting_points
 from qfsbackup.vm.cleanup import cleanup
 from qfsbackup.vm.config import config_files
 from qfsbackup.vm.content import content_of
-from qfsbackup.vm.fleecing import free_space
+from qfsbackup.vm.fleecing import look_at
 from qfsbackup.vm.freeze import Freeze
 from qfsbackup.vm.graph import Machine, look
 from qfsbackup.vm.left import left
@@ -74,7 +74,10 @@ class QemuSource:
                 _log(snapshot)
                 yield snapshot
         finally:
-            if self.status.vm_gone or (qmp is not None and qmp.hung):
+            if qmp is not None and qmp.is_left:
+                self.status.unrestored = qmp.gone
+                log.error("the VM is left with our filters for now: %s", qmp.gone)
+            elif self.status.vm_gone or (qmp is not None and qmp.hung):
                 await self._clean_up_again()
 
     @asynccontextmanager
@@ -166,13 +169,11 @@ class QemuSource:
         log.error("the VM is gone: %s", reason)
 
     def _count(self, taken: Taken) -> None:
-        self.status.fleecing_free = partial(_free, self.fleece)
+        files = {served.disk.name: served.fleecing for served in taken.served if served.fleecing}
+        if files:
+            self.status.look_at_fleecing = partial(look_at, files, self.fleece)
         for served in taken.served:
-            status = DiskStatus(served.disk.root.size)
-            if served.fleecing is not None:
-                status.fleecing_used = served.fleecing.used
-                status.fleecing_lost = served.fleecing.lost
-            self.status.disks[served.disk.name] = status
+            self.status.disks[served.disk.name] = DiskStatus(served.disk.root.size)
 
     def _facts(self, machine: Machine, taken: Taken, config: Mapping[str, bytes]) -> Snapshot:
         names = {served.disk.name for served in taken.served}
@@ -228,10 +229,3 @@ def _log(snapshot: Snapshot) -> None:
 def vm_name(given: str | None, machine: Machine, socket: Path) -> str:
     """What a VM is called: as the person says, else as QEMU says, else as its socket is."""
     return given or machine.name or socket.stem
-
-
-def _free(folder: Path) -> int:
-    try:
-        return free_space(folder)
-    except OSError:
-        return 0

@@ -14,8 +14,9 @@ from pathlib import Path
 from qfsbackup.errors import UserError
 from qfsbackup.vm.agent import AgentError
 from qfsbackup.vm.fleecing import remove_fdsets
+from qfsbackup.vm.fleecing_folder import answers, files_of
 from qfsbackup.vm.freeze import thaw_leftover
-from qfsbackup.vm.graph import look_at_nodes
+from qfsbackup.vm.graph import look_at_graph
 from qfsbackup.vm.holder import held_by
 from qfsbackup.vm.left import left
 from qfsbackup.vm.low_water import LOW_WATER
@@ -41,10 +42,15 @@ async def cleanup(qmp: Qmp, agent: Path | None = None) -> list[str]:
     owner = living_owner(ours)
     if owner is not None:
         raise held_by(owner, "this VM")
+    done = await _free_guest(qmp, ours, agent) if ours else []
+    if any(name.startswith(FLEECING) for name in ours) and not await answers(files_of(qmp.peer_pid)):
+        raise UserError(
+            "the fleecing files' file system does not answer, and QEMU would hang with it",
+            "Once it answers, try again: the guest goes on meanwhile.",
+        )
     await remove_fdsets(qmp)
     if not ours:
         return []
-    done = await _free_guest(qmp, ours, agent)
     await stop_server(qmp)
     await _remove_nodes(qmp, ours)
     stays = [line for line in await left(qmp) if NEW not in line]
@@ -57,8 +63,12 @@ async def cleanup(qmp: Qmp, agent: Path | None = None) -> list[str]:
 
 
 async def _ours(qmp: Qmp) -> list[str]:
-    """But for the marks of bitmaps: what becomes of these is for the state store to say (see leftovers)."""
-    return sorted(name for name in await look_at_nodes(qmp) if name.startswith(PREFIX) and not name.startswith(NEW))
+    """But for the marks of bitmaps: what becomes of these is for the state store to say (see leftovers).
+
+    Names alone: to tell more of a fleecing file QEMU asks its file system, and would hang with that.
+    """
+    names = (await look_at_graph(qmp)).children
+    return sorted(name for name in names if name.startswith(PREFIX) and not name.startswith(NEW))
 
 
 async def _free_guest(qmp: Qmp, ours: Sequence[str], agent: Path | None) -> list[str]:

@@ -11,43 +11,62 @@ import ctypes
 import errno
 import io
 import os
-import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
-from qfsbackup.errors import UserError
 from qfsbackup.ranges import RangeSet
+from qfsbackup.status import FleecingLook
+from qfsbackup.vm.fleecing_folder import FleecingFolder, create, free_space
 from qfsbackup.vm.node import node, undoing
 from qfsbackup.vm.owner import PREFIX
 from qfsbackup.vm.qmp import Qmp
 
 FDSET = PREFIX + "fleecing"  # the opaque string by which cleanup knows our fdsets
-LEAST_FREE = 1024 * 1024  # bytes a disk; with less the first guest writes would break the snapshot
 BLOCK = 512  # bytes; the unit of st_blocks
 BEYOND = 1 << 62  # bytes; no file is so large
 SYNC_FILE_RANGE_WAIT_BEFORE = 1  # linux/fs.h
-HINT = "Name a folder with enough room (fleece=): it takes what the guest overwrites during the backup."
 
 
 class FleecingFile:
-    """An open fleecing file."""
+    """An open fleecing file. Whatever asks its file system may hang, and is for a thread."""
 
-    def __init__(self, file: io.FileIO, errors: io.FileIO) -> None:
-        """`errors` is the same file, opened once more: the kernel tells each open file of an error once."""
-        self._file = file
-        self._errors = errors
+    def __init__(self, folder: Path, size: int) -> None:
+        """A new one of `size` bytes. Raises UserError where the folder cannot take it."""
+        self._file = create(folder, size)
+        # Opened once more (proc(5), fd): the kernel tells each open file of an error once.
+        self._errors = io.FileIO(f"/proc/self/fd/{self._file.fileno()}")
+        self._has_lost = False
+
+    @property
+    def path(self) -> str:
+        """It has no name, but as long as it is open this leads to it."""
+        return f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+
+    @property
+    def descriptor(self) -> int:
+        """What QEMU gets."""
+        return self._file.fileno()
+
+    def close(self) -> None:
+        """Give its space back. QEMU 7.2 keeps its descriptor of a removed fdset open while the VM is paused."""
+        with suppress(OSError):
+            os.ftruncate(self._file.fileno(), 0)
+        self._errors.close()
+        self._file.close()
 
     def used(self) -> int:
-        """Bytes allocated now; 0 once the snapshot was given up."""
-        return 0 if self._file.closed else os.fstat(self._file.fileno()).st_blocks * BLOCK
+        """Bytes allocated now. Raises OSError."""
+        return os.fstat(self._file.fileno()).st_blocks * BLOCK
 
     def lost(self) -> bool:
         """Could the file system not store all that QEMU wrote?
 
         A write ends in the page cache, and is complete for QEMU; where it fails later, the file reads as it was before.
         """
-        return not self._errors.closed and _writeback_error(self._errors.fileno()) != 0
+        self._has_lost |= _writeback_error(self._errors.fileno()) != 0
+        return self._has_lost
 
     def copied(self) -> RangeSet:
         """Where the file holds data: what the guest has overwritten since the instant, zeros perhaps left out.
@@ -70,19 +89,28 @@ class FleecingFile:
         return found
 
 
+def look_at(files: Mapping[str, FleecingFile], folder: Path) -> FleecingLook:
+    """How full they are, by the disk's name, and whether they hold all. For a thread. Raises OSError."""
+    return FleecingLook(
+        used={name: file.used() for name, file in files.items()},
+        lost=[name for name, file in files.items() if file.lost()],
+        free=free_space(folder),
+    )
+
+
 @asynccontextmanager
-async def fleecing_file(qmp: Qmp, folder: Path, node_name: str, size: int) -> AsyncIterator[FleecingFile]:
+async def fleecing_file(qmp: Qmp, folder: FleecingFolder, node_name: str, size: int) -> AsyncIterator[FleecingFile]:
     """A file of `size` bytes in `folder`, and in QEMU a node of this name on it.
 
     Raises UserError where the folder cannot take it, QmpError where QEMU does not.
     """
-    with _created(folder, size) as file:
-        async with AsyncExitStack() as stack:
-            async with _fdset(qmp, file.fileno()) as number:
-                options = {"driver": "file", "filename": f"/dev/fdset/{number}", "discard": "unmap"}
-                await stack.enter_async_context(node(qmp, {**options, "node-name": node_name}))
-            with _opened_again(file) as errors:
-                yield FleecingFile(file, errors)
+    async with AsyncExitStack() as stack:
+        file = await folder.ask(partial(FleecingFile, folder.path, size))
+        stack.push_async_callback(folder.let_go, file.close)
+        async with _fdset(qmp, file.descriptor) as number:
+            options = {"driver": "file", "filename": f"/dev/fdset/{number}", "discard": "unmap"}
+            await stack.enter_async_context(node(qmp, {**options, "node-name": node_name}))
+        yield file
 
 
 @asynccontextmanager
@@ -103,35 +131,6 @@ async def remove_fdsets(qmp: Qmp) -> None:
                 await qmp.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
 
 
-@contextmanager
-def _created(folder: Path, size: int) -> Iterator[io.FileIO]:
-    with _create(folder, size) as file:
-        try:
-            yield file
-        finally:
-            # QEMU 7.2 keeps its descriptor of a removed fdset open, and with it the space, while the VM is paused.
-            with suppress(OSError):
-                os.ftruncate(file.fileno(), 0)
-
-
-def _create(folder: Path, size: int) -> io.FileIO:
-    with ExitStack() as stack:
-        try:
-            file = stack.enter_context(io.FileIO(_unnamed(folder), "r+"))
-            os.ftruncate(file.fileno(), size)
-        except OSError as error:
-            raise _refusal(folder, error) from error
-        stack.pop_all()
-        return file
-
-
-@contextmanager
-def _opened_again(file: io.FileIO) -> Iterator[io.FileIO]:
-    """Another open file description of a nameless file (proc(5), fd)."""
-    with io.FileIO(f"/proc/self/fd/{file.fileno()}") as again:
-        yield again
-
-
 def _writeback_error(fd: int) -> int:
     """The errno of a write-back that failed since the last call, 0 for none. Writes nothing back, and does not wait.
 
@@ -142,46 +141,3 @@ def _writeback_error(fd: int) -> int:
     if libc.sync_file_range(fd, ctypes.c_int64(BEYOND), ctypes.c_int64(1), SYNC_FILE_RANGE_WAIT_BEFORE) == 0:
         return 0
     return ctypes.get_errno()
-
-
-def check_space(folder: Path, disks: int) -> None:
-    """Raise UserError where `folder` cannot take what the first guest writes to so many disks push out."""
-    try:
-        free = free_space(folder)
-    except OSError as error:
-        raise _refusal(folder, error) from error
-    needed = disks * LEAST_FREE
-    if free < needed:
-        raise UserError(
-            f"the fleecing folder {folder} has too little room: {free >> 10} KiB are left, {disks} disks need"
-            f" {needed >> 10} KiB at least",
-            HINT,
-        )
-
-
-def free_space(folder: Path) -> int:
-    """Bytes left in the folder's file system. Raises OSError."""
-    space = os.statvfs(folder)
-    return space.f_bavail * space.f_frsize
-
-
-def _unnamed(folder: Path) -> int:
-    """A new file without a name, mode 0600; with one for a moment where the file system knows no O_TMPFILE."""
-    try:
-        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
-            raise
-    fd, name = tempfile.mkstemp(prefix=FDSET, dir=folder)
-    Path(name).unlink()
-    return fd
-
-
-def _refusal(folder: Path, error: OSError) -> UserError:
-    hints = {
-        errno.EACCES: "Run as a user who may write there, or name another folder (fleece=).",
-        errno.EFBIG: "Its file system, or the file size limit (ulimit -f), forbids so large a file: " + HINT,
-        errno.EMFILE: "Raise the limit of open files (ulimit -n).",
-    }
-    number = error.errno or 0
-    return UserError(f"no fleecing file in {folder}: {error.strerror}", hints.get(number, HINT))

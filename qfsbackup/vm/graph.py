@@ -136,10 +136,10 @@ async def look_at_graph(qmp: Qmp) -> Graph:
     graph = await qmp.execute("x-debug-query-block-graph")
     names = {kind: {node["id"]: node["name"] for node in graph["nodes"] if node["type"] == kind} for kind in KINDS}
     nodes, devices, jobs = (names[kind] for kind in KINDS)
-    children: dict[str, dict[str, str]] = {}
+    children: dict[str, dict[str, str]] = {name: {} for name in nodes.values()}
     for edge in graph["edges"]:
         if edge["parent"] in nodes:
-            children.setdefault(nodes[edge["parent"]], {})[edge["name"]] = nodes[edge["child"]]
+            children[nodes[edge["parent"]]][edge["name"]] = nodes[edge["child"]]
     return Graph(children, dict(_named(graph["edges"], devices, nodes)), _named(graph["edges"], jobs, nodes))
 
 

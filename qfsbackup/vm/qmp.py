@@ -90,6 +90,12 @@ class Qmp:
         self._loop = loop
         self._sending = trio.Lock()
         self.hung = False
+        self.is_left = False
+
+    def leave(self, reason: str) -> None:
+        """Send nothing any more: from now on every command fails as if QEMU were gone."""
+        self.gone = reason
+        self.is_left = True
 
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = COMMAND_TIMEOUT
@@ -98,6 +104,8 @@ class Qmp:
 
         Raises QmpRefusedError; QmpGoneError and QmpTimeoutError where it is not known what became of the command.
         """
+        if self.is_left:
+            raise QmpGoneError(command, str(self.gone))
         log.debug("QMP: %s %s", command, json.dumps(arguments or {}))
         try:
             with trio.fail_after(HUNG_TIMEOUT if self.hung else timeout):

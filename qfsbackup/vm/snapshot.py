@@ -25,7 +25,8 @@ import trio
 from qfsbackup.errors import UserError
 from qfsbackup.model import CLUSTER
 from qfsbackup.vm.bitmaps import Checkpoint
-from qfsbackup.vm.fleecing import FleecingFile, check_space, fleecing_file
+from qfsbackup.vm.fleecing import FleecingFile, fleecing_file
+from qfsbackup.vm.fleecing_folder import FleecingFolder, answers
 from qfsbackup.vm.freeze import Freeze, Frozen, frozen
 from qfsbackup.vm.graph import Disk, Machine
 from qfsbackup.vm.node import node, put_in, take_out
@@ -88,13 +89,14 @@ async def take(
     hold them. Raises UserError and QmpError; the VM is then as it was.
     """
     writable = {number: disk for number, disk in enumerate(disks) if not disk.root.read_only}
-    check_space(fleece, len(writable))
+    folder = FleecingFolder(fleece)
+    await folder.check_space(len(writable))
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(mark(qmp, owner_name()))
         listener = stack.enter_context(listening_socket(socket_path))
         files = {}
         for number, disk in writable.items():
-            file = fleecing_file(qmp, fleece, f"{FLEECING}{number}", disk.root.size)
+            file = fleecing_file(qmp, folder, f"{FLEECING}{number}", disk.root.size)
             files[number] = await stack.enter_async_context(file)
             await stack.enter_async_context(node(qmp, _filter(machine, number, disk)))
         points = {name: point for name, point in checkpoints.items() if point.recorded}
@@ -114,7 +116,11 @@ async def take(
             for number, disk in enumerate(disks)
         )
         keeping = partial(keep, qmp, kept, started)
-        yield Taken(moment.instant, moment.held, moment.pause.milliseconds, served, keeping)
+        try:
+            yield Taken(moment.instant, moment.held, moment.pause.milliseconds, served, keeping)
+        finally:
+            if not await answers([file.path for file in list(files.values())[:1]]):
+                qmp.leave("the fleecing files' file system does not answer, and QEMU would hang with it")
 
 
 def _served(

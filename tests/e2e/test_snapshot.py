@@ -96,7 +96,7 @@ async def test_several_disks_are_one_instant_while_the_guest_writes(qemu: Qemu, 
                 await assert_images(mount, vm, copies)
                 await more_writes(vm, 2)
                 await assert_images(mount, vm, copies)
-                status, description = await mount.status(), await mount.json("vm.json")
+                status, description = await mount.fresh_status(), await mount.json("vm.json")
             await more_writes(vm, 0.5)
         writes.check()
     assert 0 < last_of_prefix(copies) < writes.writes  # the check of the record: one instant over all disks

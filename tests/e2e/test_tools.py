@@ -176,21 +176,21 @@ async def test_a_sparse_tib_is_copied_by_its_data(qemu: Qemu, tmp_path: Path) ->
 
 async def test_a_punch_frees_the_fleecing_file_and_touches_nothing_else(backup: Backup) -> None:
     image, expected = backup.mount.image("vda"), bytearray(backup.expected["vda"].read_bytes())
-    before = (await backup.mount.status())["disks"]["vda"]
+    before = (await backup.mount.fresh_status())["disks"]["vda"]
     assert before["fleecing_used"] >= MIB
     start, length = 256 * KIB, 512 * KIB
     await backup.run("fallocate", "-p", "-o", str(start), "-l", str(length), image)
     expected[start : start + length] = bytes(length)
     assert await aside(image.read_bytes) == expected
-    after = (await backup.mount.status())["disks"]["vda"]
+    after = (await backup.mount.fresh_status())["disks"]["vda"]
     # Half of the range was a hole at the instant; QEMU may or may not have stored its zeros.
     assert after["fleecing_used"] <= before["fleecing_used"] - length // 2
     assert (after["punched"], after["trimmed"]) == (length, length)
     await guest_io(backup.vm, "vda", f"write -P 9 {start} {length}")  # no longer worth a copy
-    assert (await backup.mount.status())["disks"]["vda"]["fleecing_used"] == after["fleecing_used"]
+    assert (await backup.mount.fresh_status())["disks"]["vda"]["fleecing_used"] == after["fleecing_used"]
     assert await aside(image.read_bytes) == expected
     await backup.run("fallocate", "-p", "-o", "0", "-l", str(TIB), image)  # all of it, and beyond
-    assert (await backup.mount.status())["disks"]["vda"]["fleecing_used"] == 0
+    assert (await backup.mount.fresh_status())["disks"]["vda"]["fleecing_used"] == 0
     assert await aside(image.read_bytes) == bytes(len(expected))
     assert (image.stat().st_size, image.stat().st_blocks) == (SIZE, 1)
 

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The place where old data goes fails: the guest's writes go on, the snapshot is broken, and everybody is told.
 
-The stores are real: a tmpfs that is too small, and an ext4 on a loop device whose bytes nbdkit keeps, refuses to take
-(its error filter), or that stands still (fsfreeze).
+See stores.py. An ext4 also stands still (fsfreeze).
 """
 
 import contextlib
@@ -16,54 +15,17 @@ import pytest
 import trio
 
 from tests.e2e.support import left_as_it_was
-from tests.faults.support import mounted_at, nothing_of_ours, reads, said, unmounted, until, until_eio
+from tests.faults.stores import brittle_store, small_store
+from tests.faults.support import nothing_of_ours, reads, said, unmounted, until, until_eio
 from tests.harness.disk import MIB, Disk
 from tests.harness.files import make_random
 from tests.harness.mount import PROGRAM, Mount, aside, command, mounted, qfsbackup, taken_away
-from tests.harness.nbd_server import nbdkit
 from tests.harness.process import running
 from tests.harness.qemu import Qemu
 from tests.harness.vm import Vm, running_vm
 from tests.vm.support import guest_io
 
 SIZE = 8 * MIB
-
-
-@contextlib.asynccontextmanager
-async def small_store(folder: Path) -> AsyncIterator[Path]:
-    """A tmpfs of 4 MiB."""
-    async with mounted_at(folder / "fleece", "-t", "tmpfs", "-o", "size=4M", "none") as path:
-        yield path
-
-
-@contextlib.asynccontextmanager
-async def brittle_store(folder: Path) -> AsyncIterator[Path]:
-    """An ext4 whose disk takes no more writes once the file `trigger` is there."""
-    error = ["error-pwrite=EIO", "error-pwrite-rate=100%", f"error-pwrite-file={folder / 'trigger'}"]
-    async with (
-        nbdkit(folder, ["--filter=error", "memory", "64M", *error]) as server,
-        _file_of(folder, server.uri) as file,
-    ):
-        assert (await command("mkfs.ext4", "-q", "-F", file)).code == 0
-        async with mounted_at(folder / "fleece", "-t", "ext4", "-o", "loop", file) as path:
-            try:
-                yield path
-            finally:
-                (folder / "trigger").unlink(missing_ok=True)
-
-
-@contextlib.asynccontextmanager
-async def _file_of(folder: Path, uri: str) -> AsyncIterator[Path]:
-    """What an NBD server serves, as a file."""
-    file = folder / "store"
-    file.touch()
-    async with running(["nbdfuse", file, uri], folder / "nbdfuse.log", expected=[0, 1]):
-        try:
-            await until(lambda: aside(lambda: file.stat().st_size > 0))
-            yield file
-        finally:
-            with trio.CancelScope(shield=True):
-                await command("fusermount3", "-u", "-z", file)
 
 
 @contextlib.asynccontextmanager

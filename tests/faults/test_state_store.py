@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from tests.e2e.support import idle_vm, left_as_it_was
-from tests.faults.hanging_store import WAITS_FOR_STORE, hanging_store, waits_in
+from tests.faults.stores import WAITS_FOR_STORE, hanging_store, waits_in
 from tests.faults.support import nothing_of_ours, reads, until
 from tests.harness.mount import PROGRAM, aside, mounted, processes_of, taken_away
 from tests.harness.process import running
@@ -30,6 +30,7 @@ async def any_waits_in(mountpoint: Path, function: str) -> None:
 async def test_a_store_that_hangs_holds_up_the_commit_and_nothing_else(qemu: Qemu, tmp_path: Path) -> None:
     errors = []
     async with hanging_store(tmp_path) as store, idle_vm(qemu, tmp_path) as vm, left_as_it_was(vm):
+        (store.path / "state").mkdir(mode=0o700)
         options = f"fleece={tmp_path},target=nas,state={store.path}/state"
         async with mounted(vm.qmp, tmp_path / "mnt", options) as mount, trio.open_nursery() as nursery:
             store.stop()
@@ -55,6 +56,7 @@ async def test_a_store_that_hangs_holds_up_the_commit_and_nothing_else(qemu: Qem
 
 async def test_who_waits_for_a_lock_on_the_state_can_be_ended(qemu: Qemu, tmp_path: Path) -> None:
     state, mountpoint = tmp_path / "state", tmp_path / "mnt"
+    state.mkdir(mode=0o700)
     async with idle_vm(qemu, tmp_path) as vm, left_as_it_was(vm), taken_away(mountpoint):
         options = f"fleece={tmp_path},target=nas,state={state}"
         async with mounted(vm.qmp, mountpoint, options):

@@ -102,6 +102,16 @@ class Mount:
         status: dict[str, Any] = await self.json(".qfsbackup/status.json")
         return status
 
+    async def fresh_status(self) -> dict[str, Any]:
+        """The live status, with figures of the fleecing files that are not older than this call."""
+        called = trio.current_time()
+        with trio.fail_after(END_TIMEOUT):
+            while True:
+                asked, status = trio.current_time(), await self.status()
+                if asked - status["fleecing"]["age_s"] > called or status["broken"]:
+                    return status
+                await trio.sleep(0.05)  # there is no event to wait for
+
     async def worker(self) -> int:
         """The process id of the worker."""
         return int((await self.status())["pid"])

@@ -20,7 +20,7 @@ SAVING = "access=dirty,discard=release"
 
 async def fleecing(mount: Mount) -> int:
     """What vda's fleecing file holds."""
-    used: int = (await mount.status())["disks"]["vda"]["fleecing_used"]
+    used: int = (await mount.fresh_status())["disks"]["vda"]["fleecing_used"]
     return used
 
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A file system that can be made to hang: an ext4 served by fuse2fs, which is stopped. Its metadata hang too."""
+"""File systems for fleecing files and for state, that fail when a test wants it. All of them are real.
+
+A tmpfs that is too small; an ext4 on a loop device whose bytes nbdkit keeps or refuses to take (its error filter); and
+an ext4 served by fuse2fs, which can be stopped: then it hangs, its metadata too.
+"""
 
 import contextlib
 import signal
@@ -9,9 +13,47 @@ from pathlib import Path
 
 import trio
 
-from tests.faults.support import until
+from tests.faults.support import mounted_at, until
 from tests.harness.mount import aside, command, is_mounted
+from tests.harness.nbd_server import nbdkit
 from tests.harness.process import Process, running
+
+
+@contextlib.asynccontextmanager
+async def small_store(folder: Path) -> AsyncIterator[Path]:
+    """A tmpfs of 4 MiB."""
+    async with mounted_at(folder / "fleece", "-t", "tmpfs", "-o", "size=4M", "none") as path:
+        yield path
+
+
+@contextlib.asynccontextmanager
+async def brittle_store(folder: Path) -> AsyncIterator[Path]:
+    """An ext4 whose disk takes no more writes once the file `trigger` is there."""
+    error = ["error-pwrite=EIO", "error-pwrite-rate=100%", f"error-pwrite-file={folder / 'trigger'}"]
+    async with (
+        nbdkit(folder, ["--filter=error", "memory", "64M", *error]) as server,
+        _file_of(folder, server.uri) as file,
+    ):
+        assert (await command("mkfs.ext4", "-q", "-F", file)).code == 0
+        async with mounted_at(folder / "fleece", "-t", "ext4", "-o", "loop", file) as path:
+            try:
+                yield path
+            finally:
+                (folder / "trigger").unlink(missing_ok=True)
+
+
+@contextlib.asynccontextmanager
+async def _file_of(folder: Path, uri: str) -> AsyncIterator[Path]:
+    """What an NBD server serves, as a file."""
+    file = folder / "store"
+    file.touch()
+    async with running(["nbdfuse", file, uri], folder / "nbdfuse.log", expected=[0, 1]):
+        try:
+            await until(lambda: aside(lambda: file.stat().st_size > 0))
+            yield file
+        finally:
+            with trio.CancelScope(shield=True):
+                await command("fusermount3", "-u", "-z", file)
 
 
 @dataclass(frozen=True)

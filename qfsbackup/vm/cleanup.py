@@ -21,7 +21,7 @@ from qfsbackup.vm.holder import held_by
 from qfsbackup.vm.left import left
 from qfsbackup.vm.low_water import LOW_WATER
 from qfsbackup.vm.node import remove_node, take_out
-from qfsbackup.vm.owner import NEW, OWNER, PREFIX, living_owner
+from qfsbackup.vm.owner import NEW, OWNER, PREFIX, Owner, living_owner, remove_line
 from qfsbackup.vm.pause import STOPPED, resume, running
 from qfsbackup.vm.qmp import Qmp
 from qfsbackup.vm.server import stop_server
@@ -39,9 +39,9 @@ async def cleanup(qmp: Qmp, agent: Path | None = None) -> list[str]:
     Raises UserError where the mount is alive or something cannot be undone, QmpError where QEMU cannot be asked.
     """
     ours = await _ours(qmp)
-    owner = living_owner(ours)
+    owner = await living_owner(qmp, ours)
     if owner is not None:
-        raise held_by(owner, "this VM")
+        raise held_by(owner.pid, "this VM") if owner.here else _elsewhere(owner)
     done = await _free_guest(qmp, ours, agent) if ours else []
     if any(name.startswith(FLEECING) for name in ours) and not await answers(files_of(qmp.peer_pid)):
         raise UserError(
@@ -50,9 +50,11 @@ async def cleanup(qmp: Qmp, agent: Path | None = None) -> list[str]:
         )
     await remove_fdsets(qmp)
     if not ours:
+        await remove_line(qmp)
         return []
     await stop_server(qmp)
     await _remove_nodes(qmp, ours)
+    await remove_line(qmp)
     stays = [line for line in await left(qmp) if NEW not in line]
     if stays:
         raise UserError(
@@ -60,6 +62,15 @@ async def cleanup(qmp: Qmp, agent: Path | None = None) -> list[str]:
             "Something else in QEMU uses them (a job, or a snapshot taken meanwhile?): end that, then try again.",
         )
     return [*done, f"removed {', '.join(ours)}"]
+
+
+def _elsewhere(owner: Owner) -> UserError:
+    if not owner.pid:
+        return UserError("another qfsbackup is about to take a snapshot of this VM", "Wait for its end.")
+    return UserError(
+        f"a qfsbackup in another PID namespace has a snapshot of this VM, and lives, as process {owner.pid} there",
+        "Unmount it there (in its container, or on the host), or end that process: its supervisor then cleans up.",
+    )
 
 
 async def _ours(qmp: Qmp) -> list[str]:

@@ -12,18 +12,20 @@ from typing import Any
 
 from qfsbackup.vm.fleecing import FDSET
 from qfsbackup.vm.graph import Node, look_at_nodes
-from qfsbackup.vm.owner import NEW, PREFIX
+from qfsbackup.vm.owner import LINE, NEW, PREFIX, line_holds
 from qfsbackup.vm.qmp import Qmp
 
 KEEPS_FDSETS_BEFORE = (9, 0, 0)  # a VM that does not run keeps removed fdsets (monitor_fdset_cleanup of QEMU 7.2)
 
 
 async def left(qmp: Qmp) -> list[str]:
-    """Every node, export and fdset of ours, with who uses it. Raises QmpError."""
+    """Every node, export, character device and fdset of ours, with who uses it. Raises QmpError."""
     nodes = await look_at_nodes(qmp)
     exports = [export["id"] for export in await qmp.execute("query-block-exports")]
     found = [_describe(node, nodes) for name, node in sorted(nodes.items()) if name.startswith(PREFIX)]
     found += [f"the export {name}" for name in exports if name.startswith(PREFIX)]
+    if await line_holds(qmp) is not None:
+        found.append(f"the character device {LINE}")
     if await _forgets_fdsets(qmp):
         found += [
             f"the file descriptor set {fdset['fdset-id']}"

@@ -1,23 +1,39 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The mark that we leave in QEMU: whose snapshot this is.
+"""Whose snapshot is in a VM, and does he live?
 
-All that we add to a VM begins with `qfsbackup-`. The mark is an empty `null-co` node, whose name survives whatever
-kills us and is gone with QEMU. It is the first thing made and the last one removed.
+All that we add to a VM begins with `qfsbackup-`. The owner's mark is an empty `null-co` node, whose name survives
+whatever kills us and is gone with QEMU. It is the first node made and the last one removed, and it names a process. But
+that process may be in another PID namespace, where the number means somebody else. So QEMU holds one end of a socket
+pair, as a character device, and only the owner the other: the kernel closes it, whatever ends him, and QEMU tells.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from qfsbackup.vm.node import remove_node
-from qfsbackup.vm.qmp import Qmp
+import trio
+
+from qfsbackup.vm.node import remove_node, undoing
+from qfsbackup.vm.qmp import Qmp, QmpRefusedError
 
 PREFIX = "qfsbackup-"
 OWNER = PREFIX + "by-"  # + process id and its start time, hexadecimal: at most 31 characters, as QEMU wants it
+LINE = PREFIX + "alive"
+LOOKS, LOOK_PAUSE = 3, 0.05  # how often, and seconds in between
 NEW = PREFIX + "new-"  # + a generation: its bitmaps are not committed yet (see leftovers)
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process; `here`: in our PID namespace, else its number is that of another one (0: not known)."""
+
+    pid: int
+    here: bool
 
 
 @asynccontextmanager
@@ -40,14 +56,66 @@ def owner_name() -> str:
     return f"{OWNER}{os.getpid():x}-{_start_time(os.getpid()):x}"
 
 
-def living_owner(nodes: Iterable[str]) -> int | None:
-    """The process id of another, living qfsbackup whose mark is among these nodes."""
-    for name in nodes:
-        if name.startswith(OWNER):
-            pid, start = (int(part, 16) for part in name.removeprefix(OWNER).split("-"))
-            if pid != os.getpid() and _start_time(pid) == start:
-                return pid
+@asynccontextmanager
+async def owned(qmp: Qmp) -> AsyncIterator[None]:
+    """Be the owner for the length of the block. Raises QmpError, also where somebody else is just becoming it."""
+    async with _line(qmp), mark(qmp, owner_name()):
+        yield
+
+
+@asynccontextmanager
+async def _line(qmp: Qmp) -> AsyncIterator[None]:
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            await qmp.execute_with_fd("getfd", {"fdname": LINE}, theirs.fileno())
+        data = {"addr": {"type": "fd", "data": {"str": LINE}}, "server": False}
+        try:
+            await qmp.execute("chardev-add", {"id": LINE, "backend": {"type": "socket", "data": data}})
+        except QmpRefusedError:
+            raise  # it is there, and somebody else's
+        except BaseException:
+            await remove_line(qmp)  # the answer is lost
+            raise
+        try:
+            yield
+        finally:
+            await remove_line(qmp)
+
+
+async def remove_line(qmp: Qmp) -> None:
+    """Remove our end of it, or what a dead owner left of it."""
+    with undoing("remove the owner's line"):
+        if await line_holds(qmp) is not None:
+            await qmp.execute("chardev-remove", {"id": LINE})
+
+
+async def line_holds(qmp: Qmp) -> bool | None:
+    """Does somebody hold the other end; None where there is no line. Raises QmpError."""
+    for chardev in await qmp.execute("query-chardev"):
+        if chardev["label"] == LINE:
+            return not chardev["filename"].startswith("disconnected")
     return None
+
+
+async def living_owner(qmp: Qmp, nodes: Iterable[str]) -> Owner | None:
+    """The qfsbackup whose mark or line is in the VM, if it lives. Raises QmpError."""
+    holds = await line_holds(qmp)
+    for _ in range(LOOKS):
+        if holds:
+            await trio.sleep(LOOK_PAUSE)  # QEMU sees the other end close once its main loop has turned
+            holds = await line_holds(qmp)
+    owner = next((_owner(name) for name in nodes if name.startswith(OWNER)), None)
+    if holds:
+        return owner or Owner(0, here=False)
+    if holds is None and owner and owner.here and owner.pid != os.getpid():
+        return owner  # of a version that had no line
+    return None
+
+
+def _owner(name: str) -> Owner:
+    pid, start = (int(part, 16) for part in name.removeprefix(OWNER).split("-"))
+    return Owner(pid, here=_start_time(pid) == start)
 
 
 def _start_time(pid: int) -> int:

@@ -30,7 +30,7 @@ from qfsbackup.vm.fleecing_folder import FleecingFolder, answers
 from qfsbackup.vm.freeze import Freeze, Frozen, frozen
 from qfsbackup.vm.graph import Disk, Machine
 from qfsbackup.vm.node import node, put_in, take_out
-from qfsbackup.vm.owner import PREFIX, mark, owner_name
+from qfsbackup.vm.owner import PREFIX, owned
 from qfsbackup.vm.pause import Pause, running, stopped
 from qfsbackup.vm.qmp import Qmp
 from qfsbackup.vm.recording import MAP, Kept, Started, copy_maps, keep, recording, restart
@@ -92,7 +92,7 @@ async def take(
     folder = FleecingFolder(fleece)
     await folder.check_space(len(writable))
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(mark(qmp, owner_name()))
+        await stack.enter_async_context(owned(qmp))
         listener = stack.enter_context(listening_socket(socket_path))
         files = {}
         for number, disk in writable.items():

@@ -36,6 +36,7 @@ async def held(vm: Vm) -> dict[str, Any]:
         "exports": await run("query-block-exports"),
         "jobs": [(job["device"], job["type"]) for job in await run("query-block-jobs")],
         "fdsets": fdsets,
+        "chardevs": sorted(chardev["label"] for chardev in await run("query-chardev")),
         "status": status,
     }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qfsbackup.errors import UserError
 from qfsbackup.vm.agent import AgentError
-from qfsbackup.vm.fleecing import remove_fdsets
+from qfsbackup.vm.fleecing import empty_fdsets, remove_fdsets
 from qfsbackup.vm.fleecing_folder import answers, files_of
 from qfsbackup.vm.freeze import thaw_leftover
 from qfsbackup.vm.graph import look_at_graph
@@ -51,6 +51,7 @@ async def cleanup(qmp: Qmp, agent: Path | None = None) -> list[str]:
     await remove_fdsets(qmp)
     if not ours:
         await remove_line(qmp)
+        await empty_fdsets(qmp)
         return []
     await stop_server(qmp)
     await _remove_nodes(qmp, ours)
@@ -61,6 +62,7 @@ async def cleanup(qmp: Qmp, agent: Path | None = None) -> list[str]:
             f"what a snapshot left cannot be removed from the VM: {', '.join(stays)}",
             "Something else in QEMU uses them (a job, or a snapshot taken meanwhile?): end that, then try again.",
         )
+    await empty_fdsets(qmp)
     return [*done, f"removed {', '.join(ours)}"]
 
 

@@ -11,14 +11,15 @@ import ctypes
 import errno
 import io
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.ranges import RangeSet
 from qfsbackup.status import FleecingLook
-from qfsbackup.vm.fleecing_folder import FleecingFolder, create, free_space
+from qfsbackup.vm.fleecing_folder import CLOSE_TIMEOUT, FleecingFolder, create, files_of, free_space
 from qfsbackup.vm.node import node, undoing
 from qfsbackup.vm.owner import PREFIX
 from qfsbackup.vm.qmp import Qmp
@@ -129,6 +130,24 @@ async def remove_fdsets(qmp: Qmp) -> None:
         for fdset in await qmp.execute("query-fdsets"):
             if any(fd.get("opaque") == FDSET for fd in fdset["fds"]):
                 await qmp.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
+
+
+async def empty_fdsets(qmp: Qmp) -> None:
+    """Give the space back that QEMU 7.2 holds in removed fdsets until the VM runs again, once no node uses the files.
+
+    Of the descriptors themselves only QEMU can let go. Where QEMU cannot be seen (another PID namespace, another user)
+    the space stays as well.
+    """
+    with undoing("give the space of fleecing files back"), suppress(NoAnswerError):
+        fds = [fd for fdset in await qmp.execute("query-fdsets") for fd in fdset["fds"] if fd.get("opaque") == FDSET]
+        held = {f"/proc/{qmp.peer_pid}/fd/{fd['fd']}" for fd in fds}
+        await in_time(partial(_empty, held.intersection(files_of(qmp.peer_pid))), CLOSE_TIMEOUT)
+
+
+def _empty(paths: Iterable[str]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            os.truncate(path, 0)
 
 
 def _writeback_error(fd: int) -> int:

@@ -137,3 +137,28 @@ async def test_a_filter_that_somebody_else_now_needs_is_reported(paused_vm: Vm, 
     await paused_vm.monitor.execute("blockdev-del", {"node-name": "theirs"})
     await clean(paused_vm)
     assert [name for name, _, _ in (await held(paused_vm))["nodes"] if name.startswith(PREFIX)] == []
+
+
+def held_space(vm: Vm) -> list[int]:
+    """The blocks of each nameless file that QEMU has open."""
+    entries = [entry for entry in Path(f"/proc/{vm.pid}/fd").iterdir() if "/#" in str(entry.readlink())]
+    return [entry.stat().st_blocks for entry in entries]
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["unmounted", "killed"])
+async def test_a_vm_that_stands_still_keeps_no_space(paused_vm: Vm, tmp_path: Path, killed: bool) -> None:
+    """QEMU 7.2 keeps the descriptors until it runs again, and nobody else can take them away: they are empty."""
+    async with contextlib.AsyncExitStack() as stack:
+        if killed:
+            process = await stack.enter_async_context(mount_process(paused_vm.qmp, tmp_path))
+            await ready(process)
+        else:
+            await stack.enter_async_context(make_source(paused_vm, tmp_path).snapshot())
+        await guest_io(paused_vm, "vda", "write -P 1 0 1M")
+        assert max(held_space(paused_vm)) > 0
+        if killed:
+            process.kill()
+            await process.wait()
+            await clean(paused_vm)
+    assert sum(held_space(paused_vm)) == 0
+    assert held_space(paused_vm) == ([0, 0] if paused_vm.qemu.version < (9, 0, 0) else [])

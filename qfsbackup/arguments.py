@@ -38,7 +38,7 @@ options, comma separated after -o:
   freeze=WHEN      freeze the guest's file systems: auto (with agent=, if it
                    can be had; the default), require, off
   bwlimit=N        bytes per second read
-  connections=N    NBD connections for each disk (default 4)
+  connections=N    NBD connections for each disk at most (default 4)
   ro               nothing can be punched through the mount
   uid=N gid=N      whose the files are (default: root's)
   mode=OCTAL       their permissions (default 0400, 0600 where a hole can

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -27,9 +28,8 @@ from qfsbackup.health import check, look_at_files
 from qfsbackup.log import only_warnings
 from qfsbackup.model import Disk, Sockets, Source
 from qfsbackup.nbd.bandwidth import Bandwidth
-from qfsbackup.nbd.budget import Budget
-from qfsbackup.nbd.disk import open_disk
 from qfsbackup.nbd.listing import list_exports
+from qfsbackup.nbd.opening import open_disks
 from qfsbackup.notify import STOPPING, notify
 from qfsbackup.options import Options
 from qfsbackup.patience import NoAnswerError, in_time
@@ -103,6 +103,7 @@ async def _serve(
     ready: Callable[[], None],
     ended_by: Callable[[signal.Signals], None],
 ) -> None:
+    _allow_descriptors()
     async with AsyncExitStack() as stack:
         ending = await stack.enter_async_context(_ended_by_signals(ended_by))
         await _asked(f"the mountpoint {mountpoint}", partial(check_mountpoint, mountpoint))
@@ -110,14 +111,10 @@ async def _serve(
         chain = await _chain(options, stack)
         found = _find_source(source, runtime, options, status, chain)
         snapshot = await stack.enter_async_context(found.snapshot())
-        budget, bandwidth = Budget(), Bandwidth(options.bwlimit) if options.bwlimit else None
+        bandwidth = Bandwidth(options.bwlimit) if options.bwlimit else None
         sockets: Sockets = {}
-        disks = [
-            await stack.enter_async_context(
-                open_disk(export, status.disks[export.disk], status, budget, options.connections, bandwidth, sockets)
-            )
-            for export in snapshot.exports
-        ]
+        opening = open_disks(snapshot.exports, status, options.connections, bandwidth, sockets)
+        disks = await stack.enter_async_context(opening)
         tree = await make_tree(snapshot, disks, chain, options, status)
         owner = Owner(options.uid, options.gid, options.mode, options.read_only)
         await look_at_files(status)
@@ -131,6 +128,12 @@ async def _serve(
             ready()
             await unmounted.wait()
             nursery.cancel_scope.cancel()
+
+
+def _allow_descriptors() -> None:
+    """As many as we may have: 1024, the usual soft limit, is for programs that use select(2)."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _asked(what: str, call: Callable[[], T]) -> T:

@@ -29,6 +29,8 @@ Sockets = dict[int, Callable[[], None]]
 """Descriptor -> what to call when it is readable, for whoever waits for the kernel and for a server at once. Calling it
 without need does no harm, and nobody has to: the event loop does it too, a little later."""
 
+CONNECTIONS = 96  # to all exports together, if there are so many connections; QEMU from 7.2.14 on takes 100
+
 CLUSTER = 64 * 1024  # QEMU's copy-before-write unit over a raw fleecing file (block/copy-before-write.c)
 
 

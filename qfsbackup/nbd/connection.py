@@ -15,12 +15,13 @@ import errno
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 
 import trio
 
 from qfsbackup.errors import UserError
 from qfsbackup.model import Sockets
-from qfsbackup.nbd.handle import Handle, libnbd, open_handle, where
+from qfsbackup.nbd.handle import Handle, handles, libnbd, where
 from qfsbackup.nbd.inflight import Done
 from qfsbackup.nbd.tasks import background
 
@@ -212,39 +213,47 @@ def _nothing(_error: ConnectionLostError) -> None:
     pass
 
 
-@asynccontextmanager
-async def connection(
-    uri: str,
-    size: int,
-    meta_contexts: Sequence[str] = (),
-    on_lost: Callable[[ConnectionLostError], None] = _nothing,
-    sockets: Sockets | None = None,
-) -> AsyncIterator[Connection]:
-    """Connect to `uri`, an export of `size` bytes; its descriptor stands in `sockets` while it is not lost.
+def configure(handle: Handle, meta_contexts: Sequence[str] = ()) -> None:
+    """Before it connects.
 
-    `on_lost` is called once, before the requests fail: the server went away, or the block ended.
     Structured replies are asked for with meta contexts only: with them QEMU's server answers a read by block status
     first, and drops the connection when the read then fails (nbd/server.c nbd_co_send_sparse_read).
-    Raises UserError where there is no such server or export, or where it has another size.
     """
+    handle.set_pread_initialize(False)  # nobody looks into the buffer of a failed read
+    handle.set_request_structured_replies(bool(meta_contexts))
+    for context in meta_contexts:
+        handle.add_meta_context(context)
 
-    def configure(handle: Handle) -> None:
-        handle.set_pread_initialize(False)  # nobody looks into the buffer of a failed read
-        handle.set_request_structured_replies(bool(meta_contexts))
-        for context in meta_contexts:
-            handle.add_meta_context(context)
 
-    async with open_handle(uri, configure) as handle:
-        if handle.get_size() != size:
-            raise UserError(
-                f"{where(uri)} offers a disk of {handle.get_size()} bytes, where one of {size} is expected",
-                "See whether the disk was just resized, and whether the URI names the right export.",
-            )
-        # libnbd closes its descriptor when the handle dies, inside any call; no task may wait for a number then reused.
-        with _duplicate(handle.aio_get_fd()) as socket:
-            opened = Connection(handle, socket, on_lost, {} if sockets is None else sockets)
-            async with background(opened.receive, opened.send_blocked):
-                try:
-                    yield opened
-                finally:
-                    opened.lose("the connection was closed")
+@asynccontextmanager
+async def attached(
+    handle: Handle, uri: str, size: int, on_lost: Callable[[ConnectionLostError], None], sockets: Sockets
+) -> AsyncIterator[Connection]:
+    """The connection of a handle to `uri`, an export of `size` bytes; its descriptor stands in `sockets` while it is
+    not lost.
+
+    `on_lost` is called once, before the requests fail: the server went away, or the block ended. Raises UserError where
+    the export has another size.
+    """
+    if handle.get_size() != size:
+        raise UserError(
+            f"{where(uri)} offers a disk of {handle.get_size()} bytes, where one of {size} is expected",
+            "See whether the disk was just resized, and whether the URI names the right export.",
+        )
+    # libnbd closes its descriptor when the handle dies, inside any call; no task may wait for a number then reused.
+    with _duplicate(handle.aio_get_fd()) as socket:
+        opened = Connection(handle, socket, on_lost, sockets)
+        async with background(opened.receive, opened.send_blocked):
+            try:
+                yield opened
+            finally:
+                opened.lose("the connection was closed")
+
+
+@asynccontextmanager
+async def connection(uri: str, size: int, meta_contexts: Sequence[str]) -> AsyncIterator[Connection]:
+    """Connect to `uri`, an export of `size` bytes, by a handle of its own. Raises UserError where that cannot be."""
+    async with handles() as own:
+        handle = await own.connect(uri, partial(configure, meta_contexts=meta_contexts))
+        async with attached(handle, uri, size, _nothing, {}) as opened:
+            yield opened

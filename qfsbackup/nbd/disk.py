@@ -13,37 +13,29 @@ EINVAL on the wire: nbd/server.c system_errno_to_nbd_errno).
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import trio
 
-from qfsbackup.errors import FsError, UserError
-from qfsbackup.model import CLUSTER, Answer, Disk, Export, ShortRead, Sockets
-from qfsbackup.nbd import extents
-from qfsbackup.nbd.bandwidth import Bandwidth
+from qfsbackup.errors import FsError
+from qfsbackup.model import CLUSTER, Answer, ShortRead
 from qfsbackup.nbd.budget import Budget
 from qfsbackup.nbd.connection import ConnectionLostError, ServerError
-from qfsbackup.nbd.empty_disk import EmptyDisk
 from qfsbackup.nbd.fetch import Fetch
-from qfsbackup.nbd.handle import where
-from qfsbackup.nbd.pool import Pool, WithdrawnError, pool
+from qfsbackup.nbd.pool import Pool, WithdrawnError
 from qfsbackup.nbd.readahead import Block, Readahead
-from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.ranges import RangeSet
 from qfsbackup.seen import Seen
 from qfsbackup.status import DiskStatus, Status
 
 ZEROS = memoryview(bytes(1 << 20))
 SECTOR = 512
-COPIED_TIMEOUT = 30.0  # seconds
 MAX_TRIM = 1 << 30  # bytes a request; its length has 32 bits
 
 
 class NbdDisk:
-    """model.Disk over a pool of connections. Only `open_disk` makes one."""
+    """model.Disk over a pool of connections. Only `open_disks` makes one."""
 
     def __init__(
         self,
@@ -233,60 +225,3 @@ class _Part:
     start: int
     end: int
     block: Block | None = None
-
-
-@asynccontextmanager
-async def open_disk(
-    export: Export,
-    status: DiskStatus,
-    mount_status: Status,
-    budget: Budget,
-    connections: int = 4,
-    bandwidth: Bandwidth | None = None,
-    sockets: Sockets | None = None,
-) -> AsyncIterator[Disk]:
-    """The disk behind `export`; its maps are fetched before anything can be trimmed.
-
-    `budget`, `bandwidth` and `sockets` are shared by all disks of a mount. Counts in `status`; breaks `mount_status`
-    when the server goes away. Raises UserError where it cannot be reached or does not offer what `export` says.
-    """
-    if not export.uri and export.size == 0:
-        yield EmptyDisk()
-        return
-
-    def lost(error: ConnectionLostError) -> None:
-        mount_status.mark_broken(f"the connection to {where(export.uri)} is lost: {error}")
-
-    # One connection at a time: a server may take no more. And one map at a time: two block status requests for the same
-    # range must not be in flight.
-    dirty = RangeSet([(0, export.size)])
-    if export.dirty_context:
-        dirty = await extents.dirty(export.uri, export.size, export.dirty_context)
-    if export.low_water is not None:
-        dirty.add(export.low_water, export.size)
-    data = await _allocation(export)
-    status.data, status.dirty = data.total(), dirty.total()
-    connecting = pool(export.uri, export.size, connections, status, bandwidth, lost, export.request_unit, sockets)
-    async with connecting as opened:
-        can_trim = export.can_trim and opened.facts.can_trim
-        disk = NbdDisk(opened, data, dirty, can_trim, status, mount_status, budget)
-        opened.open_lane(disk.data, disk.seen, mount_status)
-        try:
-            yield disk
-        finally:
-            disk.forget()
-
-
-async def _allocation(export: Export) -> RangeSet:
-    """What is not known to be zero."""
-    if not export.allocation:
-        return RangeSet([(0, export.size)])
-    data = await extents.allocation(export.uri, export.size)
-    if export.copied is None:
-        return data
-    try:
-        return data | await in_time(export.copied, COPIED_TIMEOUT)
-    except NoAnswerError:
-        raise UserError(
-            "the fleecing folder does not answer", "See whether its file system hangs, or name another: -o fleece=DIR"
-        ) from None

@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import trio
 
 from qfsbackup.errors import EXIT_SYSTEM, UserError
+from qfsbackup.patience import NoAnswerError, in_time
 
 try:
     import nbd as libnbd
@@ -26,7 +27,7 @@ except ModuleNotFoundError as missing:
         EXIT_SYSTEM,
     ) from missing
 
-__all__ = ["Handle", "handshake", "libnbd", "new_handle", "open_handle", "where"]
+__all__ = ["Handle", "Handles", "handles", "handshake", "libnbd", "new_handle", "where"]
 
 CONNECT_TIMEOUT = 30.0  # seconds for connecting, TLS and the handshake together
 CLOSE_TIMEOUT = 1.0  # seconds for telling the server goodbye
@@ -36,25 +37,44 @@ Handle = Any
 T = TypeVar("T")
 
 
-@asynccontextmanager
-async def open_handle(uri: str, configure: Callable[[Handle], None]) -> AsyncIterator[Handle]:
-    """A handle that is connected to `uri`; `configure` is called before it connects.
+class Handles:
+    """Connected handles. Only `handles` makes one."""
 
-    Raises UserError where there is no server, no such export, or no agreement with it.
-    """
+    def __init__(self) -> None:
+        self._connected: list[Handle] = []
 
-    def connect() -> Handle:
-        handle = new_handle()
-        configure(handle)
-        handle.connect_uri(uri)
+    async def connect(self, uri: str, configure: Callable[[Handle], None], seconds: float = CONNECT_TIMEOUT) -> Handle:
+        """One that is connected to `uri`; `configure` is called before it connects.
+
+        Raises UserError where there is no server, no such export, or no agreement with it in time.
+        """
+
+        def connect() -> Handle:
+            handle = new_handle()
+            configure(handle)
+            handle.connect_uri(uri)
+            return handle
+
+        handle = await handshake(uri, connect, seconds)
+        self._connected.append(handle)
         return handle
 
-    handle = await handshake(uri, connect)
+    async def say_goodbye(self) -> None:
+        """To all servers at once."""
+        async with trio.open_nursery() as nursery:
+            for handle in self._connected:
+                nursery.start_soon(_say_goodbye, handle)
+
+
+@asynccontextmanager
+async def handles() -> AsyncIterator[Handles]:
+    """Handles that connect while the block lasts, and say goodbye together at its end."""
+    connected = Handles()
     try:
-        yield handle
+        yield connected
     finally:
         with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
-            await _say_goodbye(handle)
+            await connected.say_goodbye()
 
 
 def new_handle() -> Handle:
@@ -64,16 +84,15 @@ def new_handle() -> Handle:
     return handle
 
 
-async def handshake(uri: str, blocking: Callable[[], T]) -> T:
+async def handshake(uri: str, blocking: Callable[[], T], seconds: float = CONNECT_TIMEOUT) -> T:
     """Run `blocking`, which talks to the server of `uri`, in a thread and with a deadline. Raises UserError."""
     try:
-        with trio.fail_after(CONNECT_TIMEOUT):
-            return await trio.to_thread.run_sync(blocking, abandon_on_cancel=True)
+        return await in_time(blocking, seconds)
     except libnbd.Error as error:
         raise refused(uri, error) from error
-    except trio.TooSlowError as error:
+    except NoAnswerError as error:
         raise UserError(
-            f"{where(uri)} does not answer the NBD handshake within {CONNECT_TIMEOUT:.0f} s",
+            f"{where(uri)} does not answer the NBD handshake within {seconds:.0f} s",
             "See whether the server is alive, and whether it speaks NBD.",
         ) from error
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
 
 import trio
 
 from qfsbackup.model import Sockets
 from qfsbackup.nbd._lane import Lane
 from qfsbackup.nbd.bandwidth import Bandwidth
-from qfsbackup.nbd.connection import Buffer, Connection, ConnectionLostError, connection
+from qfsbackup.nbd.connection import Buffer, Connection, ConnectionLostError, attached
+from qfsbackup.nbd.handle import Handle
 from qfsbackup.nbd.inflight import Done, InFlight, Job
 from qfsbackup.nbd.tasks import background
 from qfsbackup.ranges import RangeSet
@@ -166,32 +166,30 @@ def _load(candidate: Connection) -> int:
 
 @asynccontextmanager
 async def pool(
+    handles: Sequence[Handle],
     uri: str,
     size: int,
-    connections: int,
     status: DiskStatus,
-    bandwidth: Bandwidth | None = None,
-    on_lost: Callable[[ConnectionLostError], None] | None = None,
-    request_unit: int | None = None,
-    sockets: Sockets | None = None,
+    bandwidth: Bandwidth | None,
+    on_lost: Callable[[ConnectionLostError], None],
+    request_unit: int | None,
+    sockets: Sockets,
 ) -> AsyncIterator[Pool]:
-    """Connections to `uri`, an export of `size` bytes; only one where the server does not promise coherence.
+    """The connections of these handles to `uri`, an export of `size` bytes.
 
     Requests are counted in `status`, and paced by `bandwidth`; none crosses a multiple of `request_unit`.
-    `on_lost` is called once when the server goes away. Raises UserError where it cannot be reached.
+    `on_lost` is called once when the server goes away. Raises UserError where the export has another size.
     """
     opened = Pool(status, bandwidth, request_unit)
 
     def lost(error: ConnectionLostError) -> None:
-        if not opened.lost and on_lost:
+        if not opened.lost:
             on_lost(error)
         opened.lose(error)
 
     async with AsyncExitStack() as stack:
-        connect = partial(connection, uri, size, on_lost=lost, sockets=sockets)
-        opened.join(await stack.enter_async_context(connect()))
-        for _ in range(connections - 1 if opened.facts.can_multi_conn else 0):
-            opened.join(await stack.enter_async_context(connect()))
+        for handle in handles:
+            opened.join(await stack.enter_async_context(attached(handle, uri, size, lost, sockets)))
         await stack.enter_async_context(background(opened.pay))
         stack.callback(opened.lose, ConnectionLostError("the disk was closed"))
         yield opened

@@ -14,24 +14,28 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from qfsbackup.errors import UserError
+from qfsbackup.model import CONNECTIONS
 from qfsbackup.vm.node import undoing
 from qfsbackup.vm.owner import PREFIX
 from qfsbackup.vm.qmp import Qmp, QmpRefusedError
 
 log = logging.getLogger(__name__)
 FDNAME = PREFIX + "nbd"
+SPARE = 16  # connections for whoever else looks at the exports
 BACKLOG = 16  # connections that wait for QEMU's main loop
 
 
 @asynccontextmanager
-async def nbd_server(qmp: Qmp, listener: socket.socket) -> AsyncIterator[None]:
-    """An NBD server that accepts on `listener`, which is then QEMU's alone.
+async def nbd_server(qmp: Qmp, listener: socket.socket, exports: int) -> AsyncIterator[None]:
+    """An NBD server for so many exports that accepts on `listener`, which is then QEMU's alone.
 
     Raises UserError where QEMU runs one already, QmpError.
     """
     await qmp.execute_with_fd("getfd", {"fdname": FDNAME}, listener.fileno())
     try:
-        await qmp.execute("nbd-server-start", {"addr": {"type": "fd", "data": {"str": FDNAME}}})
+        address = {"type": "fd", "data": {"str": FDNAME}}
+        most = max(CONNECTIONS, exports) + SPARE
+        await qmp.execute("nbd-server-start", {"addr": address, "max-connections": most})
     except QmpRefusedError as error:
         await _forget_socket(qmp)
         raise UserError(

@@ -106,7 +106,7 @@ async def take(
         moment = await _instant(qmp, filtered, started, freeze, stack)
         for number in writable:
             await stack.enter_async_context(node(qmp, _access(number)))
-        await stack.enter_async_context(nbd_server(qmp, listener))
+        await stack.enter_async_context(nbd_server(qmp, listener, len(disks)))
         for number in writable:
             await qmp.execute("block-export-add", _size_lock(number))
         for number, disk in enumerate(disks):

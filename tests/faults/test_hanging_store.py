@@ -49,7 +49,7 @@ async def test_a_store_that_hangs_hangs_neither_the_mount_nor_qemu(qemu: Qemu, t
             assert await answers(vm)
             assert mount.process.returncode is None
             store.go_on()
-            with trio.fail_after(30):
+            with trio.fail_after(60):  # the supervisor tries now and then
                 assert await mount.process.wait() == 2
         await nothing_of_ours(vm)
 

@@ -91,9 +91,10 @@ async def nbdkit(
 
 @contextlib.asynccontextmanager
 async def storage_daemon(
-    qemu: Qemu, directory: Path, options: Sequence[str], *, name: str = "storage-daemon"
+    qemu: Qemu, directory: Path, options: Sequence[str], *, name: str = "storage-daemon", connections: int = 100
 ) -> AsyncIterator[NbdServer]:
-    """Run qemu-storage-daemon with an NBD server; `options` say what is exported (`--blockdev ..`, `--export ..`)."""
+    """Run qemu-storage-daemon with an NBD server for so many connections; `options` say what is exported (`--blockdev
+    ..`, `--export ..`)."""
     path = directory / f"{name}.sock"
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listener(path))
@@ -101,7 +102,7 @@ async def storage_daemon(
         command: list[str | Path] = [
             qemu.storage_daemon,
             "--nbd-server",
-            f"addr.type=fd,addr.str={descriptor}",
+            f"addr.type=fd,addr.str={descriptor},max-connections={connections}",
             *options,
         ]
         async with running(command, directory / f"{name}.log", pass_fds=[descriptor]) as process:

@@ -19,8 +19,7 @@ import trio
 from qfsbackup.chain import committed, open_chain
 from qfsbackup.fs.grid import Grid
 from qfsbackup.model import Export
-from qfsbackup.nbd.budget import Budget
-from qfsbackup.nbd.disk import open_disk
+from qfsbackup.nbd.opening import open_disks
 from qfsbackup.sources.qemu import QemuSource
 from qfsbackup.status import Status
 from tests.harness.disk import MIB, Disk
@@ -131,11 +130,8 @@ class ChainLab:
             chain = await stack.enter_async_context(open_chain(target, self.folder, CHUNK, in_image=in_image))
             source = self.source(checkpoint=chain.request, **more)
             snapshot = await stack.enter_async_context(source.snapshot())
-            status, budget = source.status, Budget()
-            disks = [
-                await stack.enter_async_context(open_disk(one, status.disks[one.disk], status, budget))
-                for one in snapshot.exports
-            ]
+            status = source.status
+            disks = await stack.enter_async_context(open_disks(snapshot.exports, status))
             grids = await chain.grids(snapshot, await chain.begin(snapshot), disks)
             for export in snapshot.exports:
                 content = await copied(export, self.folder / "copy")

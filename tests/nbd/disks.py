@@ -8,8 +8,7 @@ from pathlib import Path
 
 from qfsbackup.model import Disk, Export
 from qfsbackup.nbd.bandwidth import Bandwidth
-from qfsbackup.nbd.budget import Budget
-from qfsbackup.nbd.disk import open_disk
+from qfsbackup.nbd.opening import open_disks
 from qfsbackup.status import DiskStatus, Status
 from tests.harness.disk import MIB
 from tests.harness.nbd_server import NbdServer, nbdkit, qemu_nbd
@@ -29,9 +28,10 @@ async def opened(
     uri: str, size: int, status: Status | None = None, *, context: str | None = None, bandwidth: Bandwidth | None = None
 ) -> AsyncIterator[tuple[Disk, DiskStatus]]:
     """The disk at `uri`, and its counters."""
-    counters = DiskStatus(size)
+    status = status or Status()
+    status.disks["vda"] = counters = DiskStatus(size)
     export = Export("vda", uri, size, context, can_trim=True)
-    async with open_disk(export, counters, status or Status(), Budget(), bandwidth=bandwidth) as disk:
+    async with open_disks([export], status, bandwidth=bandwidth) as [disk]:
         yield disk, counters
 
 

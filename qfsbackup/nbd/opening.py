@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The disks of a snapshot, opened together: their maps, and as many connections as there are to be had.
+
+    maps, then one connection -+- all disks at once, a few handshakes at a time
+                               |
+    the other connections -----+- shared out; where a server takes no more, a disk goes with fewer
+
+A server serves a limited number (QEMU 100, if nobody asks for more; qemu-nbd as many as --shared says), so the first
+connection of every disk comes before the second of any.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import trio
+
+from qfsbackup.errors import UserError
+from qfsbackup.model import CONNECTIONS, Disk, Export, Sockets
+from qfsbackup.nbd import extents
+from qfsbackup.nbd.bandwidth import Bandwidth
+from qfsbackup.nbd.budget import Budget
+from qfsbackup.nbd.connection import ConnectionLostError, configure
+from qfsbackup.nbd.disk import NbdDisk
+from qfsbackup.nbd.empty_disk import EmptyDisk
+from qfsbackup.nbd.handle import Handle, Handles, handles, where
+from qfsbackup.nbd.pool import pool
+from qfsbackup.patience import NoAnswerError, in_time
+from qfsbackup.ranges import RangeSet
+from qfsbackup.status import Status
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 8  # disks that connect; fewer than wait in the queue of QEMU's socket
+MORE_TIMEOUT = 5.0  # seconds for a connection that can be done without
+COPIED_TIMEOUT = 30.0  # seconds
+
+
+@dataclass(slots=True)
+class _Found:
+    """A disk whose maps are known, and its connections so far."""
+
+    export: Export
+    data: RangeSet
+    dirty: RangeSet
+    handles: list[Handle] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def open_disks(
+    exports: Sequence[Export],
+    mount: Status,
+    connections: int = 4,
+    bandwidth: Bandwidth | None = None,
+    sockets: Sockets | None = None,
+) -> AsyncIterator[list[Disk]]:
+    """The disks behind `exports`, in their order; their maps are fetched before anything can be trimmed.
+
+    `connections` for each at most. `bandwidth` and `sockets` are shared by all. Counts in `mount.disks`, and breaks
+    `mount` when a server goes away. Raises UserError where a server cannot be reached or does not offer what an export
+    says.
+    """
+    each = min(connections, max(1, CONNECTIONS // max(1, len(exports))))
+    budget, sockets = Budget(), {} if sockets is None else sockets
+    async with handles() as connected, AsyncExitStack() as stack:
+        found = await _all(len(exports), [partial(_find, export, connected) for export in exports])
+        await _connect_more(found, each, connected)
+        yield [
+            await stack.enter_async_context(_opened(one, mount, budget, bandwidth, sockets)) if one else EmptyDisk()
+            for one in found
+        ]
+
+
+async def _all(count: int, jobs: Sequence[Callable[[], Awaitable[_Found | None]]]) -> list[_Found | None]:
+    """What the jobs return, in their order; the first error ends all, and is raised as it is."""
+    results: list[_Found | None] = [None] * count
+    errors: list[UserError] = []
+    turn = trio.CapacityLimiter(AT_ONCE)
+    async with trio.open_nursery() as nursery:
+
+        async def run(number: int, job: Callable[[], Awaitable[_Found | None]]) -> None:
+            try:
+                async with turn:
+                    results[number] = await job()
+            except UserError as error:
+                errors.append(error)
+                nursery.cancel_scope.cancel()
+
+        for number, job in enumerate(jobs):
+            nursery.start_soon(run, number, job)
+    if errors:
+        raise errors[0]
+    return results
+
+
+async def _find(export: Export, connected: Handles) -> _Found | None:
+    """One connection at a time: a server may take no more. And one map at a time: two block status requests for the
+    same range must not be in flight."""
+    if not export.uri and export.size == 0:
+        return None
+    dirty = RangeSet([(0, export.size)])
+    if export.dirty_context:
+        dirty = await extents.dirty(export.uri, export.size, export.dirty_context)
+    if export.low_water is not None:
+        dirty.add(export.low_water, export.size)
+    found = _Found(export, await _allocation(export), dirty)
+    found.handles.append(await connected.connect(export.uri, configure))
+    return found
+
+
+async def _allocation(export: Export) -> RangeSet:
+    """What is not known to be zero."""
+    if not export.allocation:
+        return RangeSet([(0, export.size)])
+    data = await extents.allocation(export.uri, export.size)
+    if export.copied is None:
+        return data
+    try:
+        return data | await in_time(export.copied, COPIED_TIMEOUT)
+    except NoAnswerError:
+        raise UserError(
+            "the fleecing folder does not answer", "See whether its file system hangs, or name another: -o fleece=DIR"
+        ) from None
+
+
+async def _connect_more(found: Sequence[_Found | None], each: int, connected: Handles) -> None:
+    """One more for every disk, until all have `each`, or somebody's server takes no more.
+
+    Only where the server promises that what one connection reads is what another one does.
+    """
+    turn = trio.CapacityLimiter(AT_ONCE)
+    refused: list[UserError] = []
+
+    async def connect(disk: _Found) -> None:
+        async with turn:
+            if not refused:
+                try:
+                    disk.handles.append(await connected.connect(disk.export.uri, configure, MORE_TIMEOUT))
+                except UserError as error:
+                    refused.append(error)
+
+    sharing = [one for one in found if one and one.handles[0].can_multi_conn()]
+    for _ in range(each - 1):
+        async with trio.open_nursery() as nursery:
+            for disk in sharing:
+                nursery.start_soon(connect, disk)
+    if refused:
+        count = sum(len(one.handles) for one in found if one)
+        log.warning("going on with %d connections, for more cannot be had: %s", count, refused[0].what)
+
+
+@asynccontextmanager
+async def _opened(
+    found: _Found, mount: Status, budget: Budget, bandwidth: Bandwidth | None, sockets: Sockets
+) -> AsyncIterator[Disk]:
+    export, status = found.export, mount.disks[found.export.disk]
+
+    def lost(error: ConnectionLostError) -> None:
+        mount.mark_broken(f"the connection to {where(export.uri)} is lost: {error}")
+
+    status.data, status.dirty = found.data.total(), found.dirty.total()
+    async with pool(
+        found.handles, export.uri, export.size, status, bandwidth, lost, export.request_unit, sockets
+    ) as connections:
+        can_trim = export.can_trim and connections.facts.can_trim
+        disk = NbdDisk(connections, found.data, found.dirty, can_trim, status, mount, budget)
+        connections.open_lane(disk.data, disk.seen, mount)
+        try:
+            yield disk
+        finally:
+            disk.forget()

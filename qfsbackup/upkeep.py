@@ -19,7 +19,7 @@ from qfsbackup.sources.qemu import vm_name
 from qfsbackup.sources.uri import is_nbd_uri
 from qfsbackup.state.store import DiskState, Store, find_store
 from qfsbackup.vm.bitmaps import bitmap_name, count, problem
-from qfsbackup.vm.cleanup import cleanup
+from qfsbackup.vm.cleanup import cleanup, refuse_living
 from qfsbackup.vm.content import content_of
 from qfsbackup.vm.graph import Disk, Machine, look
 from qfsbackup.vm.leftovers import FOREIGN, bitmaps_of, remove_all, remove_leftovers, remove_marked
@@ -119,6 +119,7 @@ def _describe(machine: Machine, target: str, name: str, state: DiskState, disk: 
 
 
 async def _forget(options: Options, target: str, others: bool, path: Path, qmp: Qmp) -> list[str]:
+    await refuse_living(qmp)
     with _store(options, path, await look(qmp)) as store:
         known = store.targets() if store else {}
         if target not in known and not others:

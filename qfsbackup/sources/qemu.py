@@ -25,7 +25,7 @@ from qfsbackup.vm.fleecing import look_at
 from qfsbackup.vm.freeze import Freeze
 from qfsbackup.vm.graph import Machine, look
 from qfsbackup.vm.left import left
-from qfsbackup.vm.leftovers import remove_leftovers, remove_marked
+from qfsbackup.vm.leftovers import bitmaps_of, remove_bitmap, remove_leftovers, remove_marked
 from qfsbackup.vm.node import undoing
 from qfsbackup.vm.presence import listens
 from qfsbackup.vm.qmp import Qmp, QmpError, connect
@@ -140,7 +140,7 @@ class QemuSource:
         taken = await stack.enter_async_context(taking)
         self._count(taken)
         snapshot = self._facts(machine, taken, config)
-        return replace(snapshot, keep=partial(self._keep, qmp, taken, known)) if known else snapshot
+        return replace(snapshot, keep=partial(self._keep, qmp, machine, taken, known)) if known else snapshot
 
     async def _remove_marked(self, qmp: Qmp, machine: Machine) -> None:
         if self.committed:
@@ -154,15 +154,16 @@ class QemuSource:
         report(await remove_leftovers(qmp, known.store, known.committed))
         return known
 
-    async def _keep(self, qmp: Qmp, taken: Taken, known: Known) -> None:
+    async def _keep(self, qmp: Qmp, machine: Machine, taken: Taken, known: Known) -> None:
         """Bases that were replaced go, also from where they are now, should disks have changed their names."""
         await taken.keep()
         points = {served.disk.name: served.checkpoint for served in taken.served if served.checkpoint}
         replaced = {base.generation for name, base in known.bases.items() if name in points}
-        committed = (set(known.committed) - replaced) | {point.generation for point in points.values()}
-        with undoing("remove the bases that were replaced"):
-            for line in (await remove_leftovers(qmp, known.store, committed)).removed:
-                log.info("%s", line)
+        gone = {(served.disk.format.name, served.checkpoint.base) for served in taken.served if served.checkpoint}
+        for bitmap in bitmaps_of(machine.nodes.values()):
+            if bitmap.generation in replaced and (bitmap.node, bitmap.generation) not in gone:
+                with undoing(f"remove {bitmap}, which was replaced"):
+                    await remove_bitmap(qmp, bitmap)
 
     def _gone(self, reason: str) -> None:
         self.status.vm_gone = reason

@@ -38,10 +38,7 @@ async def cleanup(qmp: Qmp, agent: Path | None = None) -> list[str]:
 
     Raises UserError where the mount is alive or something cannot be undone, QmpError where QEMU cannot be asked.
     """
-    ours = await _ours(qmp)
-    owner = await living_owner(qmp, ours)
-    if owner is not None:
-        raise held_by(owner.pid, "this VM") if owner.here else _elsewhere(owner)
+    ours = await refuse_living(qmp)
     done = await _free_guest(qmp, ours, agent) if ours else []
     if any(name.startswith(FLEECING) for name in ours) and not await answers(files_of(qmp.peer_pid)):
         raise UserError(
@@ -64,6 +61,15 @@ async def cleanup(qmp: Qmp, agent: Path | None = None) -> list[str]:
         )
     await empty_fdsets(qmp)
     return [*done, f"removed {', '.join(ours)}"]
+
+
+async def refuse_living(qmp: Qmp) -> list[str]:
+    """What is ours in QEMU. Raises UserError where it is a living mount's."""
+    ours = await _ours(qmp)
+    owner = await living_owner(qmp, ours)
+    if owner is not None:
+        raise held_by(owner.pid, "this VM") if owner.here else _elsewhere(owner)
+    return ours
 
 
 def _elsewhere(owner: Owner) -> UserError:

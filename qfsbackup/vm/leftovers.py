@@ -86,11 +86,16 @@ async def remove_all(qmp: Qmp, wanted: Callable[[Found], bool]) -> Outcome:
 
 async def _remove(qmp: Qmp, bitmap: Found, outcome: Outcome) -> None:
     try:
-        await qmp.execute("block-dirty-bitmap-remove", {"node": bitmap.node, "name": bitmap.name})
+        await remove_bitmap(qmp, bitmap)
     except QmpRefusedError as error:
         outcome.left.append(f"{bitmap}: QEMU does not remove it ({error.desc})")
     else:
         outcome.removed.append(f"removed {bitmap}")
+
+
+async def remove_bitmap(qmp: Qmp, bitmap: Found) -> None:
+    """Raises QmpError."""
+    await qmp.execute("block-dirty-bitmap-remove", {"node": bitmap.node, "name": bitmap.name})
 
 
 async def remove_marked(qmp: Qmp, committed: Callable[[], Awaitable[Collection[str]]]) -> Outcome:

@@ -31,6 +31,7 @@ MAP = f"{PREFIX}map"
 PERSISTENT = frozenset(["qcow2"])  # raw: "Can't store persistent bitmaps" (QEMU 7.2, 10.0)
 
 Started = Sequence[tuple[Disk, Checkpoint]]
+Maps = Sequence[tuple[str, Disk, Checkpoint]]  # a node of ours for each disk that has a base
 
 
 @dataclass(slots=True)
@@ -94,13 +95,18 @@ async def restart(qmp: Qmp, started: Started) -> None:
         await qmp.execute("transaction", {"actions": actions})
 
 
-async def copy_maps(qmp: Qmp, maps: Sequence[tuple[str, Disk, Checkpoint]]) -> None:
-    """Copy each base into a bitmap of the node named first, in one transaction. Raises QmpError."""
+async def add_maps(qmp: Qmp, maps: Maps) -> None:
+    """Empty maps on the nodes named first. Raises QmpError."""
+    for node, _, _ in maps:
+        new = {"node": node, "name": MAP, "granularity": GRANULARITY, "disabled": True}
+        await qmp.execute("block-dirty-bitmap-add", new)
+
+
+async def copy_maps(qmp: Qmp, maps: Maps) -> None:
+    """Copy each base into its map, in one transaction. Raises QmpError."""
     actions: list[Mapping[str, object]] = []
     for node, disk, checkpoint in maps:
-        new = {"node": node, "name": MAP, "granularity": GRANULARITY, "disabled": True}
         source = {"node": disk.format.name, "name": checkpoint.old}
-        actions.append({"type": "block-dirty-bitmap-add", "data": new})
         actions.append({"type": "block-dirty-bitmap-merge", "data": {"node": node, "target": MAP, "bitmaps": [source]}})
     if actions:
         await qmp.execute("transaction", {"actions": actions})

@@ -33,7 +33,7 @@ from qfsbackup.vm.node import node, put_in, take_out
 from qfsbackup.vm.owner import PREFIX, owned
 from qfsbackup.vm.pause import Pause, running, stopped
 from qfsbackup.vm.qmp import Qmp
-from qfsbackup.vm.recording import MAP, Kept, Started, copy_maps, keep, recording, restart
+from qfsbackup.vm.recording import MAP, Kept, Started, add_maps, copy_maps, keep, recording, restart
 from qfsbackup.vm.second_look import Filtered, look_after, look_at_device, look_before
 from qfsbackup.vm.server import listening_socket, nbd_server
 
@@ -103,6 +103,7 @@ async def take(
         filtered = {n: Filtered(disk, f"{FILTER}{n}", points.get(disk.name)) for n, disk in writable.items()}
         started, kept = [(disk, points[disk.name]) for disk in writable.values() if disk.name in points], Kept()
         transient = await stack.enter_async_context(recording(qmp, started, kept, in_image=in_image))
+        await add_maps(qmp, _maps(filtered))
         moment = await _instant(qmp, filtered, started, freeze, stack)
         for number in writable:
             await stack.enter_async_context(node(qmp, _access(number)))

@@ -12,7 +12,7 @@ from qfsbackup.vm.owner import NEW, PREFIX
 from tests.harness.disk import Disk
 from tests.harness.mount import Result, qfsbackup
 from tests.harness.qemu import Qemu
-from tests.incremental.chain_lab import CHUNK, SIZE, ChainLab, blockdev, chain_lab, said
+from tests.incremental.chain_lab import CHUNK, SIZE, ChainLab, blockdev, chain_lab, drives, said
 from tests.vm.support import held
 from tests.vm.test_cleanup import mount_process, ready
 
@@ -200,3 +200,36 @@ async def test_a_plain_cleanup_finds_the_bitmaps_of_a_mount_that_died(qemu: Qemu
         after = await held(lab.vm)
         assert {key for key in before if before[key] != after[key]} <= {"fdsets", "sizes"}
         assert said(await lab.backup()) == {"vda": "reuse"}
+
+
+async def test_bases_of_disks_that_changed_places_go_with_the_commit(qemu: Qemu, tmp_path: Path) -> None:
+    async with chain_lab(qemu, tmp_path) as lab:
+        paths = [await lab.image("a"), await lab.image("b")]
+        for order in (paths, paths[::-1]):
+            await lab.boot([], *drives(order))
+            exports = await lab.backup()
+            new = {f"qfsbackup-nas-{export.generation}" for export in exports.values()}
+            assert {name.removesuffix(".low") for name in await lab.bitmaps()} == new
+            await lab.off()
+
+
+@pytest.mark.one_qemu
+async def test_while_a_mount_lives_nobody_deletes_what_it_records(qemu: Qemu, tmp_path: Path) -> None:
+    """Through another QMP socket, and with another state folder."""
+    async with chain_lab(qemu, tmp_path) as lab:
+        await lab.image("vda")
+        second = tmp_path / "second.qmp"
+        (tmp_path / "other").mkdir()
+        await lab.boot([qcow2(lab, "vda", "vda")], "-qmp", f"unix:{second},server=on,wait=off")
+        async with mount_process(lab.vm.qmp, lab.folder, "nas") as process:
+            await ready(process)
+            before = await lab.bitmaps()
+            options = ["-o", f"vm=vm,state={tmp_path / 'other'}", "--delete", "nas", "--others"]
+            done = await qfsbackup("checkpoints", second, *options)
+            assert (done.code != 0, len(done.stderr.splitlines())) == (True, 2), done
+            assert await lab.bitmaps() == before
+            process.kill()
+            await process.wait()
+        done = await qfsbackup("checkpoints", second, *options)
+        assert done.code == 0, done
+        assert await lab.bitmaps() == set()

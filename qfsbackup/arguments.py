@@ -12,6 +12,7 @@ from typing import NoReturn
 from qfsbackup import __version__
 from qfsbackup.console import output
 from qfsbackup.errors import EXIT_USAGE, UserError
+from qfsbackup.options import PARSERS
 
 DESCRIPTION = "Shows one frozen instant of a running QEMU VM as ordinary files, for any backup tool."
 
@@ -55,8 +56,8 @@ Sizes take k, M, G and T. What mount(8) and fstab put there themselves
 CLEANUP_HELP = """\
 options, comma separated after -o:
   agent=SOCKET     the guest agent's socket: thaw the guest as well
-  target=NAME      take off what a backup for this target left uncommitted
-  state=DIR        where chains are kept (default /var/lib/qfsbackup)
+  state=DIR        where chains are kept (default /var/lib/qfsbackup): what is
+                   committed there stays
   vm=NAME          the VM's name, where the mount had this option
 All others that a mount takes are accepted and do nothing: give what the
 mount had.
@@ -103,12 +104,20 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if unknown and arguments.name == "run" and not unknown[0].startswith("-"):
         raise UserError(f"run: there is no -- before {unknown[0]}", f"Put one there: {RUN_EXAMPLE}", EXIT_USAGE)
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        raise _unknown(arguments.name, unknown)
     if arguments.name == "run" and not command:
         raise UserError("run: there is no command", f"Put it last, after --: {RUN_EXAMPLE}", EXIT_USAGE)
     if command and arguments.name != "run":
         raise UserError("only `run` takes a command after --", "See qfsbackup --help.", EXIT_USAGE)
     return arguments, command
+
+
+def _unknown(name: str, words: Sequence[str]) -> UserError:
+    option = words[0].removeprefix("--").partition("=")[0]
+    hint = (
+        f"{option} is an option of the mount: -o {option}=..." if option in PARSERS else f"See qfsbackup {name} --help."
+    )
+    return UserError(f"qfsbackup {name}: unrecognized arguments: {' '.join(words)}", hint, EXIT_USAGE)
 
 
 def _split_command(words: Sequence[str]) -> tuple[list[str], list[str]]:

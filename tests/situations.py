@@ -20,7 +20,7 @@ from tests.harness.monitor import Lines
 from tests.harness.mount import PROGRAM, Result, command, mounted, processes_of, taken_away
 from tests.harness.qemu import Qemu
 from tests.harness.vm import Vm, running_vm
-from tests.vm.support import held
+from tests.vm.support import guest_io, held
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,11 @@ async def no_vm(_qemu: Qemu, folder: Path) -> AsyncIterator[Place]:
 
 @contextlib.asynccontextmanager
 async def a_vm(qemu: Qemu, folder: Path) -> AsyncIterator[Place]:
-    """A VM with a raw disk vda and a qcow2 disk vdb, whose CPUs do not run."""
+    """A VM with a raw disk vda and a qcow2 disk vdb, some data on both, whose CPUs do not run."""
     disks = [Disk("vda", folder / "vda.raw", 4 * MIB), Disk("vdb", folder / "vdb.qcow2", 4 * MIB, format="qcow2")]
     async with running_vm(qemu, folder, disks) as vm:
+        for disk in disks:
+            await guest_io(vm, disk.id, "write -P 7 1M 256k")
         place = Place(folder, vm)
         place.mountpoint.mkdir()
         async with taken_away(place.mountpoint, place.qmp):

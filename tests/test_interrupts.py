@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Ctrl-C, as a terminal sends it, to the whole process group: one line, exit status 130, and nothing is left."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.support import left_as_it_was
-from tests.faults.support import until
+from tests.faults.support import ended, until
 from tests.harness.mount import PROGRAM, Result, aside, is_mounted, mounted, qfsbackup, taken_away
 from tests.harness.qmp_proxy import running_proxy
 from tests.harness.vm import Vm
@@ -76,6 +77,25 @@ async def test_ctrl_c_leaves_nothing(
         if line == CALLED_OFF:
             assert done.stderr == f"{line}\n"
         assert not is_mounted(directory)
+
+
+@pytest.mark.one_qemu
+async def test_ctrl_c_at_an_unmount_says_what_goes_on(vm: Vm, directory: Path, tmp_path: Path) -> None:
+    proxy = tmp_path / "proxy.qmp"
+    running: list[Pressed] = []
+
+    async def press(name: str, _arguments: object) -> None:
+        if name == "nbd-server-stop":
+            running.pop().press()
+
+    async with left_as_it_was(vm), running_proxy(vm.qmp, proxy, on_command=press), taken_away(directory, proxy):
+        assert (await qfsbackup("mount", proxy, directory)).code == 0
+        [status] = json.loads((await qfsbackup("status", directory, "--json")).stdout)
+        async with ended([status["ppid"]]):
+            umount = Pressed([PROGRAM, "umount", directory])
+            running.append(umount)
+            line = f"interrupted: unmounted; process {status['ppid']} goes on putting the VM back as it was\n"
+            assert await umount.end() == Result(130, "", line)
 
 
 async def test_ctrl_c_while_modules_are_loaded_is_no_traceback(tmp_path: Path) -> None:

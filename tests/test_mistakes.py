@@ -73,6 +73,8 @@ NO_VM = [
     mistake("qfsbackup fly", 1, "fly"),
     mistake("qfsbackup run a.qmp -o target=nas restic backup", 1, "no -- before restic", "qfsbackup run SOURCE -o"),
     mistake("qfsbackup run a.qmp --", 1, "no command"),
+    mistake("qfsbackup mount a.qmp $MNT --target nas", 1, "--target nas", "-o target=..."),
+    mistake("qfsbackup status --wrong", 1, "--wrong", "qfsbackup status --help"),
     mistake("qfsbackup run a.qmp --wrong -- true", 1, "--wrong"),
     # what SOURCE is not
     mistake("qfsbackup mount '' $MNT", 1, "SOURCE is empty", "NBD URI"),

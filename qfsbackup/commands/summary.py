@@ -34,11 +34,16 @@ def summarize(status: dict[str, Any], code: int, seconds: float) -> None:
         status["pause_ms"],
         seconds,
     )
-    unread = [printable(name) for name, disk in disks.items() if disk["dirty"] and not disk["read_bytes"]]
+    unread = [printable(name) for name, disk in disks.items() if _is_missing(disk)]
     if code == 0 and unread:
         log.warning("the command succeeded, but read nothing of %s: does it back up what you mean?", ", ".join(unread))
     for line in outcome(status, code):
         log.info("%s", line)
+
+
+def _is_missing(disk: dict[str, Any]) -> bool:
+    """Was nothing read of what a backup should have? Tools that skip holes read nothing of an empty disk."""
+    return bool(disk["dirty"] and disk["data"] and not disk["read_bytes"])
 
 
 def outcome(status: dict[str, Any], code: int) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from qfsbackup.commands.commit import give
 from qfsbackup.errors import EXIT_SYSTEM, EXIT_USAGE, UserError
 from qfsbackup.fs.control import CHECK
-from qfsbackup.mounts import MNT_DETACH, Mount, find_mount, mountpoints_of, umount
+from qfsbackup.mounts import MNT_DETACH, Mount, find_mount, mountpoints_of, our_mounts, umount
 from qfsbackup.runtime import LeftNote
 
 LOOK = 0.2  # seconds between two looks whether something is left in the VM
@@ -63,8 +63,14 @@ def umount_and_wait(directory: Path) -> dict[str, Any]:
     mount = find_mount(directory)
     status = _last_status(mount)
     with _process(status["ppid"]) as supervisor:
-        _umount(mount)
-        _wait(supervisor, status["ppid"], status["pid"])
+        try:
+            _umount(mount)
+            _wait(supervisor, status["ppid"], status["pid"])
+        except KeyboardInterrupt:
+            if mount in our_mounts():
+                raise
+            text = f"unmounted; process {status['ppid']} goes on putting the VM back as it was"
+            raise KeyboardInterrupt(text) from None
     return status
 
 

@@ -93,7 +93,7 @@ async def _committed(options: Options, path: Path, qmp: Qmp) -> tuple[list[Commi
     disks = {disk.name: disk for disk in machine.disks}
     with _store(options, path, machine) as store:
         found = [
-            _describe(machine, target, name, state, disks.get(name))
+            await _describe(machine, target, name, state, disks.get(name))
             for target, states in (store.targets() if store else {}).items()
             for name, state in states.items()
         ]
@@ -109,11 +109,11 @@ def _others(machine: Machine, store: Store | None) -> list[str]:
     ]
 
 
-def _describe(machine: Machine, target: str, name: str, state: DiskState, disk: Disk | None) -> Committed:
+async def _describe(machine: Machine, target: str, name: str, state: DiskState, disk: Disk | None) -> Committed:
     dirty, reason = None, "the VM has no such disk now"
     if disk and disk.chain:
         base = Base(state.generation, state.size, state.content)
-        reason = problem(disk, target, base, content_of(machine.nodes, disk.format))
+        reason = problem(disk, target, base, await content_of(machine.nodes, disk.format))
         dirty = None if reason else count(disk.format, bitmap_name(target, state.generation))
     return Committed(target, name, state.generation, state.instant, state.size, dirty, reason, shifts(name))
 

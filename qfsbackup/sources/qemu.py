@@ -20,7 +20,6 @@ from qfsbackup.status import DiskStatus, Status
 from qfsbackup.vm.checkpoints import report, starting_points
 from qfsbackup.vm.cleanup import cleanup
 from qfsbackup.vm.config import config_files
-from qfsbackup.vm.content import content_of
 from qfsbackup.vm.fleecing import look_at
 from qfsbackup.vm.freeze import Freeze
 from qfsbackup.vm.graph import Machine, look
@@ -183,14 +182,14 @@ class QemuSource:
             vm=vm_name(self.vm, machine, self.socket),
             uuid=machine.uuid,
             instant=taken.instant,
-            exports=tuple(self._export(machine, served) for served in taken.served),
+            exports=tuple(self._export(served) for served in taken.served),
             frozen=taken.frozen,
             pause_ms=taken.pause_ms,
             details={"qemu": ".".join(map(str, machine.version)), "disks_left_out": left},
             config=config,
         )
 
-    def _export(self, machine: Machine, served: Served) -> Export:
+    def _export(self, served: Served) -> Export:
         disk, point = served.disk, served.checkpoint
         return Export(
             disk=disk.name,
@@ -207,7 +206,7 @@ class QemuSource:
             generation=point.generation if point else None,
             base=point.base if point else None,
             transient=served.transient or "",
-            content=content_of(machine.nodes, disk.format),
+            content=point.content if point else "",
             details={
                 "interface": disk.kind,
                 "format": disk.format.driver,

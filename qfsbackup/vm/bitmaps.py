@@ -35,6 +35,7 @@ class Checkpoint:
     reason: str
     low_water: int = 0  # bytes: from here on the base says nothing, for the disk was cut off or has grown
     recorded: bool = True  # False: no bitmap could hold every write from now on
+    content: str = ""  # what content_of says of the disk
 
     @property
     def new(self) -> str:
@@ -68,9 +69,11 @@ def plan(
     why = shared or (problem(disk, target, base, content) if base else NOTHING)
     if base is not None and not why:
         low = low_water(find(disk.format, low_name(bitmap_name(target, base.generation))), base.size)
-        return Checkpoint(target, generation, base.generation, "reuse", "", low or 0)
+        return Checkpoint(target, generation, base.generation, "reuse", "", low or 0, content=content)
     moved = "" if shared else _moved(disk, target, bases)
-    return Checkpoint(target, generation, None, "invalid" if base else "new", why + moved, recorded=not shared)
+    return Checkpoint(
+        target, generation, None, "invalid" if base else "new", why + moved, recorded=not shared, content=content
+    )
 
 
 def problem(disk: Disk, target: str, base: Base, content: str) -> str:

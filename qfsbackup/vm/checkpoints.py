@@ -47,7 +47,7 @@ async def starting_points(
         if by_others:
             await _remove(qmp, disk, target)
         _warn(disk, target, source)
-        content = content_of(machine.nodes, disk.format)
+        content = await content_of(machine.nodes, disk.format)
         found[disk.name] = plan(disk, target, known.generation(disk.name), known.bases, content, by_others)
     return found
 

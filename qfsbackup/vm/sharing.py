@@ -12,16 +12,15 @@ import fcntl
 import os
 import struct
 from collections.abc import Mapping
+from functools import partial
 
-import trio
-
+from qfsbackup.patience import NoAnswerError, in_time
+from qfsbackup.vm.content import LOOK_TIMEOUT, image_path
 from qfsbackup.vm.graph import Disk, Node, device_property
 from qfsbackup.vm.qmp import Qmp
 
-LOCKABLE = frozenset(["file", "host_device"])  # drivers whose filename is a path here
 OTHERS_MUST_NOT_WRITE = 201  # RAW_LOCK_SHARED_BASE + BLK_PERM_WRITE's number
 FLOCK = "hhqqi4x"  # struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length, pid
-LOOK_TIMEOUT = 5.0  # seconds; a dead NFS server answers to nobody
 
 
 async def shared(qmp: Qmp, disk: Disk, nodes: Mapping[str, Node]) -> str:
@@ -34,17 +33,12 @@ async def shared(qmp: Qmp, disk: Disk, nodes: Mapping[str, Node]) -> str:
     return ""
 
 
-def image_path(nodes: Mapping[str, Node], node: Node) -> str:
-    """The local file below a format node; empty where it is something else."""
-    node = nodes.get(node.children.get("file", ""), node)
-    return node.filename if node.driver in LOCKABLE else ""
-
-
 async def _forbids_writers(path: str) -> bool | None:
     """None: cannot be told."""
-    with trio.move_on_after(LOOK_TIMEOUT):
-        return await trio.to_thread.run_sync(forbids_writers, path, abandon_on_cancel=True)
-    return None
+    try:
+        return await in_time(partial(forbids_writers, path), LOOK_TIMEOUT)
+    except NoAnswerError:
+        return None
 
 
 def forbids_writers(path: str) -> bool | None:

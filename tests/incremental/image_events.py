@@ -73,12 +73,25 @@ async def another_backing_file_with_the_same_content(lab: ChainLab) -> dict[str,
     return {"vda": "invalid the files below it changed from"}
 
 
+async def a_backing_file_that_somebody_writes_to(lab: ChainLab) -> dict[str, str]:
+    """Another clone's commit, say."""
+    disks = await overlay(lab)
+    await lab.off()
+    await lab.image("clone", "-b", lab.folder / "base.img", "-F", "qcow2")
+    await lab.boot([qcow2(lab, "vda", "clone")])
+    await lab.write("vda", "write -P 7 448k 64k")
+    await lab.off()
+    await lab.img("commit", "-q", "-f", "qcow2", lab.folder / "clone.img")
+    await lab.boot(disks)
+    return {"vda": "invalid the files below it were replaced or written to"}
+
+
 async def an_offline_commit(lab: ChainLab) -> dict[str, str]:
     disks = await overlay(lab)
     await lab.off()
     await lab.img("commit", "-q", "-f", "qcow2", lab.folder / "vda.img")
     await lab.boot(disks)
-    return {"vda": "reuse"}
+    return {"vda": "invalid the files below it were replaced or written to"}
 
 
 async def an_offline_commit_into_the_image_that_was_backed_up(lab: ChainLab) -> dict[str, str]:
@@ -192,7 +205,8 @@ async def somebodys_bitmap_of_our_name(lab: ChainLab) -> dict[str, str]:
 
 IMAGES = [
     *[a_larger_image, an_image_cut_off_and_grown_again, an_internal_snapshot_gone_back_to],
-    *[another_backing_file_without_a_write, another_backing_file_with_the_same_content, an_offline_commit],
+    *[a_backing_file_that_somebody_writes_to, another_backing_file_without_a_write],
+    *[another_backing_file_with_the_same_content, an_offline_commit],
     *[an_offline_commit_into_the_image_that_was_backed_up, an_offline_commit_of_what_was_backed_up_meanwhile],
     *[an_external_snapshot, a_commit_and_its_pivot, a_commit_and_its_pivot_with_a_backup_before, a_stream],
     *[a_mirror_and_its_pivot, another_file_below_a_node, a_throw_away_overlay, somebodys_bitmap_of_our_name],

@@ -52,7 +52,7 @@ def own(generation: str, disk: str) -> str:
 
 def content(disk: Disk) -> str:
     """What a source calls the content of a disk whose image has nothing below."""
-    return json.dumps({"format": disk.format, "below": [], "file": str(disk.path)})
+    return json.dumps({"format": disk.format, "below": [], "written": [], "file": str(disk.path)})
 
 
 async def bitmaps(vm: Vm) -> dict[str, dict[str, Any]]:

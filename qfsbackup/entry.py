@@ -24,6 +24,7 @@ def _call(name: str) -> int:
     interrupt = signal.getsignal(signal.SIGINT)
     if interrupt is signal.default_int_handler:  # else it is ignored
         signal.signal(signal.SIGINT, _interrupted)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # `./run install` starts us with it blocked
     from qfsbackup import cli  # loads all that a command needs
 
     signal.signal(signal.SIGINT, interrupt)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.support import left_as_it_was
 from tests.faults.support import ended, until
-from tests.harness.mount import PROGRAM, Result, aside, is_mounted, mounted, qfsbackup, taken_away
+from tests.harness.mount import PROGRAM, Result, aside, command, is_mounted, mounted, qfsbackup, taken_away
 from tests.harness.qmp_proxy import running_proxy
 from tests.harness.vm import Vm
 from tests.vm.support import guest_io
@@ -104,6 +104,21 @@ async def test_ctrl_c_while_modules_are_loaded_is_no_traceback(tmp_path: Path) -
     )
     done = await qfsbackup("status", environment={"PYTHONPATH": str(tmp_path)})
     assert done == Result(130, "", "interrupted\n")
+
+
+async def test_ctrl_c_before_python_is_there_waits_for_it() -> None:
+    """As the commands that `./run` makes start us; else Python itself would print a traceback, and not with 130."""
+    words: list[str | Path] = [
+        "env",
+        "--block-signal=INT",
+        "sh",
+        "-c",
+        'kill -INT $$; exec "$@"',
+        "sh",
+        PROGRAM,
+        "status",
+    ]
+    assert await command(*words) == Result(130, "", "interrupted\n")
 
 
 @pytest.mark.one_qemu

@@ -29,7 +29,7 @@ from tests.harness.vm import Vm
 
 @pytest.fixture
 def helper() -> Path:
-    """/sbin/mount.qfsbackup, where mount(8) looks, as `./run setup` links it (another checkout may have, since)."""
+    """/sbin/mount.qfsbackup, where mount(8) looks, for this checkout (`./run setup` may have made it for another)."""
     link, ours = Path("/sbin/mount.qfsbackup"), PROGRAM.with_name("mount.qfsbackup")
     if link.resolve() != ours.resolve():
         new = link.with_name(f"mount.qfsbackup.{os.getpid()}")

@@ -21,6 +21,7 @@ from typing import TypeVar
 import trio
 
 from qfsbackup.chain import Chain, committed, open_chain
+from qfsbackup.defects import defects_raised
 from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_SYSTEM, EXIT_UNRESTORED, UserError
 from qfsbackup.fuse.mount import check_mountpoint, mounted
 from qfsbackup.fuse.operations import Owner
@@ -106,6 +107,7 @@ async def _serve(
     _allow_descriptors()
     async with AsyncExitStack() as stack:
         ending = await stack.enter_async_context(_ended_by_signals(ended_by))
+        await stack.enter_async_context(defects_raised())
         await _asked(f"the mountpoint {mountpoint}", partial(check_mountpoint, mountpoint))
         runtime = await _asked(str(RUNTIME), partial(stack.enter_context, runtime_folder()))
         chain = await _chain(options, stack)

@@ -50,17 +50,21 @@ static int is_over;           /* may no request be answered any more? */
 static int needs_loop;        /* does a task work, which the event loop has to run? */
 static int was_small;         /* has a short cut taken the last read? */
 
-/* Calls `callable(*arguments)`; steals `arguments`. A callback that raises is answered with EIO. Needs the GIL. */
+/* Calls `callable(*arguments)`; steals `arguments`. A callback that raises is answered with EIO, and its exception goes
+ * to sys.unraisablehook, as do all here (see defects.py). Needs the GIL. */
 static void dispatch(PyObject *callable, PyObject *arguments, fuse_req_t request)
 {
-    PyObject *result = arguments ? PyObject_CallObject(callable, arguments) : NULL;
+    PyObject *result;
 
+    Py_INCREF(callable); /* it is borrowed from a variable, which the call may change */
+    result = arguments ? PyObject_CallObject(callable, arguments) : NULL;
     if (!result) {
         PyErr_WriteUnraisable(callable);
         fuse_reply_err(request, EIO);
     }
     Py_XDECREF(result);
     Py_XDECREF(arguments);
+    Py_DECREF(callable);
 }
 
 static void op_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t offset, off_t length,
@@ -111,15 +115,20 @@ static int is_cut_short(PyObject *arguments, unsigned long long offset, unsigned
     unsigned long long start, end;
     int taken;
 
-    if (!cut || !PyArg_ParseTuple(cut, "OKK", &callable, &start, &end) || offset >= end - start)
+    if (!cut || !PyArg_ParseTuple(cut, "OKK", &callable, &start, &end) || offset >= end - start) {
+        if (PyErr_Occurred())
+            PyErr_WriteUnraisable(cut);
         return 0;
+    }
     if (length > end - start - offset)
         length = end - start - offset;
+    Py_INCREF(cut); /* and with it the callable: the call may take it out of the dict */
     result = PyObject_CallFunction(callable, "OOKK", settle_read, arguments, start + offset, length);
     if (!result)
         PyErr_WriteUnraisable(callable);
     taken = result == Py_True;
     Py_XDECREF(result);
+    Py_DECREF(cut);
     return taken;
 }
 
@@ -200,13 +209,11 @@ static long now(void)
     return time.tv_sec * 1000000000L + time.tv_nsec;
 }
 
-/* Calls what belongs to the sockets that are readable; their number is `ready`. Needs the GIL. */
+/* Calls what belongs to the sockets that are readable. Needs the GIL. */
 static void call_ready(const struct pollfd *polled, PyObject **callables, int count)
 {
     int i;
 
-    for (i = 0; i < count; i++)
-        Py_INCREF(callables[i]); /* a call may take others out of the dict */
     for (i = 0; i < count; i++) {
         if (polled[i].revents) {
             PyObject *result = PyObject_CallNoArgs(callables[i]);
@@ -215,7 +222,6 @@ static void call_ready(const struct pollfd *polled, PyObject **callables, int co
                 PyErr_WriteUnraisable(callables[i]);
             Py_XDECREF(result);
         }
-        Py_DECREF(callables[i]);
     }
 }
 
@@ -251,20 +257,25 @@ static int next_request(int session, long until)
     for (;;) {
         Py_ssize_t position = 0;
         long left = until - now();
-        int count = 0, ready;
+        int count = 0, ready, i;
 
         if (left <= 0)
             return 0;
-        while (count < MOST_SOCKETS && PyDict_Next(sockets, &position, &key, &callables[count]))
+        /* References of our own: while the GIL is released, and by the calls, others may go out of the dict. */
+        while (count < MOST_SOCKETS && PyDict_Next(sockets, &position, &key, &callables[count])) {
+            Py_INCREF(callables[count]);
             polled[count++] = (struct pollfd){.fd = (int)PyLong_AsLong(key), .events = POLLIN};
+        }
         polled[count] = (struct pollfd){.fd = session, .events = POLLIN};
         Py_BEGIN_ALLOW_THREADS
         ready = wait_for_event(polled, count + 1, left < PATIENCE ? left : PATIENCE);
         Py_END_ALLOW_THREADS
-        if (ready <= 0)
-            return 0;
         if (ready > (polled[count].revents != 0))
             call_ready(polled, callables, count);
+        for (i = 0; i < count; i++)
+            Py_DECREF(callables[i]);
+        if (ready <= 0)
+            return 0;
         if (polled[count].revents)
             return 1;
     }

@@ -28,6 +28,7 @@ from qfsbackup.fs.node import Attributes, Directory, File, Handle, Node
 from qfsbackup.fs.tree import Tree
 from qfsbackup.fs.window import Window
 from qfsbackup.fuse import _ops
+from qfsbackup.fuse.from_c import called_from_c
 from qfsbackup.fuse.read_only import ReadOnly
 from qfsbackup.model import Buffer, ShortRead, Sockets
 
@@ -224,6 +225,7 @@ class Operations(ReadOnly):
         answer.f_namemax = 255
         return answer
 
+    @called_from_c
     def _lseek(self, request: int, fh: int, offset: int, whence: int) -> None:
         try:
             found = self._handles[fh].seek(offset, whence)
@@ -232,21 +234,25 @@ class Operations(ReadOnly):
         else:
             _ops.reply_offset(request, found)
 
+    @called_from_c
     def _read(self, request: int, fh: int, offset: int, length: int) -> None:
         """Answer as soon as the bytes are there."""
         if not self._handles[fh].read_soon(offset, length, partial(_ops.settle, (request, fh, offset, length))):
             self._read_again(request, fh, offset, length)
 
+    @called_from_c
     def _read_again(self, request: int, fh: int, offset: int, length: int) -> None:
         """Answer what could not be answered soon, or say what is wrong with it."""
         self._start(request, partial(self._handles[fh].read, offset, length))
 
+    @called_from_c
     def _fallocate(self, request: int, fh: int, mode: int, offset: int, length: int) -> None:
         if mode == PUNCH_HOLE:
             self._start(request, partial(self._handles[fh].punch, offset, length))
         else:
             _ops.reply_errno(request, errno.EOPNOTSUPP)
 
+    @called_from_c
     def _ioctl(self, request: int, fh: int, command: int, content: bytes) -> None:
         handle = self._handles[fh]
         if command == GIVE and isinstance(handle, Control):

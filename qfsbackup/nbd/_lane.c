@@ -11,6 +11,16 @@
  * recent one ended, for such readers are read ahead of; and if it meets neither one of ours in flight nor one of the
  * jobs that go the ordinary way, in flight or waiting (inflight.py). These in turn wait for ours that they meet, until
  * `advance` is called. The first trim closes the lane for good.
+ *
+ * Whose memory is what:
+ *
+ * - A slot's buffer is a bytearray. libnbd writes to it from nbd_aio_pread on until nbd_aio_command_completed has told
+ *   that the read is over. A lane that goes before that keeps its reference for ever, for nobody can say when that is.
+ * - The content that an answer is called with is a view of that bytearray. Whoever keeps it, or a view of it, keeps the
+ *   bytearray: the slot then takes a new one, and what was read stays as it is.
+ * - The handle is libnbd's; the lane holds a reference to the NBD object, and nobody may close that.
+ * - The borders of `data` are a buffer of an array, which cannot change its size while the lane holds it.
+ * - A lane is for one thread. An answer may call any method of it, `receive` excepted.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -28,7 +38,7 @@ typedef struct {
     unsigned long long start;
     Py_ssize_t length;
     PyObject *answer, *token;
-    char *buffer;
+    PyObject *buffer; /* a bytearray of LONGEST, NULL until there is need of one */
 } Slot;
 
 typedef struct {
@@ -166,6 +176,8 @@ static PyObject *lane_read(Lane *self, PyObject *const *arguments, Py_ssize_t co
     length = PyLong_AsUnsignedLongLong(arguments[3]);
     if (PyErr_Occurred())
         return NULL;
+    if (!self->owner || start > self->size || length > self->size)
+        Py_RETURN_FALSE;
     first = start / self->unit * self->unit;
     last = (start + length + self->unit - 1) / self->unit * self->unit;
     if (last > self->size)
@@ -173,9 +185,9 @@ static PyObject *lane_read(Lane *self, PyObject *const *arguments, Py_ssize_t co
     if (goes_on(self, start, start + length) || start + length > self->size || !may_go(self, first, last))
         Py_RETURN_FALSE;
     slot = &self->slot[self->in_flight];
-    if (!slot->buffer && !(slot->buffer = PyMem_RawMalloc(LONGEST)))
-        Py_RETURN_FALSE;
-    slot->cookie = nbd_aio_pread(self->handle, slot->buffer, last - first, first, NBD_NULL_COMPLETION, 0);
+    if (!slot->buffer && !(slot->buffer = PyByteArray_FromStringAndSize(NULL, LONGEST)))
+        return NULL;
+    slot->cookie = nbd_aio_pread(self->handle, PyByteArray_AS_STRING(slot->buffer), last - first, first, NBD_NULL_COMPLETION, 0);
     if (slot->cookie < 0)
         Py_RETURN_FALSE;
     slot->first = first;
@@ -206,6 +218,19 @@ static void tell(Lane *self, unsigned long long start, unsigned long long end)
     Py_XDECREF(result);
 }
 
+/* What was read for a slot. */
+static PyObject *content_of(const Slot *slot)
+{
+    unsigned long long start = slot->start - slot->first;
+    PyObject *all = PyMemoryView_FromObject(slot->buffer), *content;
+
+    if (!all)
+        return NULL;
+    content = PySequence_GetSlice(all, (Py_ssize_t)start, (Py_ssize_t)start + slot->length);
+    Py_DECREF(all);
+    return content;
+}
+
 /* Answers the read in a slot, which is then free. An answer that raises is reported and forgotten. */
 static void settle(Lane *self, int index, int has_come)
 {
@@ -216,7 +241,7 @@ static void settle(Lane *self, int index, int has_come)
     last->buffer = NULL;
     self->in_flight--;
     if (has_come) {
-        content = PyMemoryView_FromMemory(slot.buffer + (slot.start - slot.first), slot.length, PyBUF_READ);
+        content = content_of(&slot);
         self->answered += slot.length;
         tell(self, slot.start, slot.start + slot.length);
     }
@@ -224,12 +249,12 @@ static void settle(Lane *self, int index, int has_come)
     if (!result)
         PyErr_WriteUnraisable(slot.answer);
     Py_XDECREF(result);
-    if (has_come)
-        Py_XDECREF(content);
     Py_DECREF(slot.answer);
     Py_DECREF(slot.token);
-    if (last->buffer)
-        PyMem_RawFree(slot.buffer);
+    if (has_come)
+        Py_XDECREF(content);
+    if (last->buffer || Py_REFCNT(slot.buffer) > 1) /* somebody has kept what was read */
+        Py_DECREF(slot.buffer);
     else
         last->buffer = slot.buffer;
 }
@@ -350,7 +375,7 @@ static void lane_dealloc(Lane *self)
             Py_DECREF(self->slot[i].answer);
             Py_DECREF(self->slot[i].token);
         } else {
-            PyMem_RawFree(self->slot[i].buffer);
+            Py_XDECREF(self->slot[i].buffer);
         }
     }
     if (self->data.obj)

@@ -9,6 +9,7 @@ The disks are fakes in memory, each for one thing that no server can be made to 
     defect   reading raises what nobody foresaw
     pair     a read is answered once two of them wait
     slow     a read is answered after the first punch
+    trap     a read makes a socket readable of which the callable raises
     ...      names that no file may have
 """
 
@@ -22,11 +23,12 @@ from pathlib import Path
 
 import trio
 
+from qfsbackup.defects import defects_raised
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.tree import ShownDisk, build_tree
 from qfsbackup.fuse.mount import mounted
 from qfsbackup.fuse.operations import Owner
-from qfsbackup.model import Snapshot
+from qfsbackup.model import Answer, Snapshot
 from qfsbackup.ranges import RangeSet
 from qfsbackup.status import DiskStatus, Status
 from tests.fs.memory import MemoryDisk
@@ -45,7 +47,7 @@ def content(size: int) -> bytes:
 
 
 class Defect(MemoryDisk):
-    async def read(self, offset: int, length: int) -> bytes:  # noqa: ARG002  # a fake
+    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:  # noqa: ARG002  # a fake
         raise ZeroDivisionError("a defect")
 
     async def trim(self, offset: int, length: int) -> None:  # noqa: ARG002  # a fake
@@ -85,6 +87,23 @@ class Slow(MemoryDisk):
         self._trimmed.set()
 
 
+class Trap(MemoryDisk):
+    """Its socket is one that is looked at in C, between two reads."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(content(size))
+        self._trigger, self.socket = socket.socketpair()
+
+    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
+        self._trigger.send(b"now")
+        answer(self.content[offset : offset + length])
+        return True
+
+    def spring(self) -> None:
+        self.socket.recv(64)
+        raise ZeroDivisionError("a trap")
+
+
 def make_disks(pipe: int) -> dict[str, MemoryDisk]:
     plain = content(SIZE)
     plain = plain[: HOLE[0]] + bytes(HOLE[1] - HOLE[0]) + plain[HOLE[1] :]
@@ -97,6 +116,7 @@ def make_disks(pipe: int) -> dict[str, MemoryDisk]:
         "defect": Defect(content(MIB)),
         "pair": Pair(MIB),
         "slow": Slow(MIB, pipe),
+        "trap": Trap(MIB),
     }
     return special | {name: MemoryDisk(name.encode(errors="surrogatepass")) for name in HOSTILE}
 
@@ -117,7 +137,10 @@ async def serve(directory: Path, owner: Owner) -> None:
     status.facts["trims"] = {name: disk.trims for name, disk in disks.items()}
     snapshot = Snapshot(vm="memory", uuid=None, instant=INSTANT, exports=(), config={"../evil": b"config"})
     tree = build_tree(snapshot, shown, status, b"{}\n")
-    async with mounted(tree, directory, "memory, with \\ a comma", owner, {}) as unmounted:
+    trap = disks["trap"]
+    assert isinstance(trap, Trap)
+    sockets = {trap.socket.fileno(): trap.spring}
+    async with defects_raised(), mounted(tree, directory, "memory, with \\ a comma", owner, sockets) as unmounted:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.connect(os.environ["NOTIFY_SOCKET"].replace("@", "\0", 1))
             notify.send(b"READY=1")

@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from pathlib import Path
 
 from tests.harness.mount import Mount, mounting
@@ -16,10 +16,10 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @contextlib.asynccontextmanager
-async def memory_mount(directory: Path, *owner: int | str) -> AsyncIterator[Mount]:
+async def memory_mount(directory: Path, *owner: int | str, expected: Collection[int] = (0,)) -> AsyncIterator[Mount]:
     """The tree of tests/fuse/serve.py at `directory`; `owner` is uid, gid, mode."""
     line: list[str | Path] = [sys.executable, "-m", "tests.fuse.serve", directory, *map(str, owner)]
-    async with mounting(line, directory) as process:
+    async with mounting(line, directory, expected=expected) as process:
         yield Mount(directory, process)
 
 

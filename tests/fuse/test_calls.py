@@ -155,7 +155,7 @@ async def test_a_defect_is_an_error_for_its_reader_alone(mount: Mount) -> None:
         assert mount.image("even").read_bytes() == content(MIB)
 
     await aside(check)
-    assert mount.process.log.count("ZeroDivisionError: a defect") == 4  # its traceback is kept for the maintainer
+    assert mount.process.log.count("ZeroDivisionError: a defect") >= 4  # its traceback is kept for the maintainer
 
 
 async def test_a_private_mapping_reads_right(mount: Mount) -> None:

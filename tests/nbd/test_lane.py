@@ -90,6 +90,24 @@ async def test_what_was_answered_is_noted(qemu: Qemu, tmp_path: Path) -> None:
         assert list(disk.seen.ranges()) == [(8192, 8192 + 4096)]
 
 
+async def test_what_was_read_stays_as_it_is_for_who_keeps_it(qemu: Qemu, tmp_path: Path) -> None:
+    kept: list[Buffer] = []
+    async with served(qemu, tmp_path) as server, opened(server.uri, SIZE) as (disk, _):
+        assert disk.short_cut
+        over = trio.Event()
+
+        def keep(_token: object, content: Buffer | None) -> None:
+            assert content is not None
+            kept.append(memoryview(content)[1:])
+            over.set()
+
+        assert disk.short_cut(keep, None, 65536, 4096)
+        await over.wait()
+        for start in range(MIB, 2 * MIB, 32768):
+            assert await short(disk, start, 512) == CONTENT[start : start + 512]
+    assert bytes(kept[0]) == CONTENT[65537 : 65536 + 4096]
+
+
 async def test_what_is_no_small_random_read_of_data_is_refused(qemu: Qemu, tmp_path: Path) -> None:
     content = CONTENT[:MIB] + bytes(MIB) + CONTENT[2 * MIB :]
     async with served(qemu, tmp_path, content) as server, opened(server.uri, SIZE) as (disk, _):

@@ -19,6 +19,7 @@ from qfsbackup.errors import EXIT_USAGE, UserError
 
 RUNTIME = Path("/run/qfsbackup")
 PREFIX = "mount-"
+FROZEN = "frozen"  # a file in it: the socket of the agent whose guest the mount may have frozen
 LEFT = "left-"  # + a supervisor's process id
 
 
@@ -68,8 +69,19 @@ def _make(stack: ExitStack) -> Path:
     return folder
 
 
+def frozen_by_the_dead() -> list[Path]:
+    """The notes of dead mounts that may have left a guest frozen; for who removes them once it is thawed."""
+    return [note for note in RUNTIME.glob(f"{PREFIX}*/{FROZEN}") if _dead(note.parent)]
+
+
+def _dead(folder: Path) -> bool:
+    with suppress(BlockingIOError, FileNotFoundError), _locked(folder, fcntl.LOCK_NB):
+        return True
+    return False
+
+
 def sweep() -> None:
-    """Remove the folders of mounts that are dead."""
+    """Remove the folders of mounts that are dead, but for those that are still needed to thaw a guest."""
     if RUNTIME.is_dir():
         with _locked(RUNTIME):
             _sweep()
@@ -77,7 +89,7 @@ def sweep() -> None:
 
 def _sweep() -> None:
     for folder in RUNTIME.glob(f"{PREFIX}*"):
-        with suppress(BlockingIOError, FileNotFoundError), _locked(folder, fcntl.LOCK_NB):
+        if _dead(folder) and not (folder / FROZEN).exists():
             shutil.rmtree(folder, ignore_errors=True)
     for note in RUNTIME.glob(f"{LEFT}*"):
         if not Path("/proc", note.name.removeprefix(LEFT)).exists():

@@ -14,13 +14,15 @@ from qfsbackup import interruptible
 from qfsbackup.errors import EXIT_USAGE, UserError
 from qfsbackup.model import Base, Committed
 from qfsbackup.options import Options
-from qfsbackup.runtime import sweep
+from qfsbackup.runtime import frozen_by_the_dead, sweep
 from qfsbackup.sources.qemu import vm_name
 from qfsbackup.sources.uri import is_nbd_uri
 from qfsbackup.state.store import DiskState, Store, find_store
+from qfsbackup.vm.agent import AgentError
 from qfsbackup.vm.bitmaps import bitmap_name, count, problem
 from qfsbackup.vm.cleanup import cleanup, refuse_living
 from qfsbackup.vm.content import content_of
+from qfsbackup.vm.freeze import thaw_leftover
 from qfsbackup.vm.graph import Disk, Machine, look
 from qfsbackup.vm.leftovers import FOREIGN, bitmaps_of, remove_all, remove_leftovers, remove_marked
 from qfsbackup.vm.names import shifts
@@ -37,8 +39,22 @@ def clean_up(source: str, options: Options) -> list[str]:
     Of bitmaps only those go that the state store made, or that a dead mount's marks name, and that are not committed.
     Raises UserError.
     """
+    done = interruptible.run(_thaw_first)
     sweep()
-    return [] if is_nbd_uri(source) else _with_vm(source, partial(_clean_up, options))
+    return done if is_nbd_uri(source) else done + _with_vm(source, partial(_clean_up, options))
+
+
+async def _thaw_first() -> list[str]:
+    """Before QEMU is asked anything, for it may be stuck."""
+    done = []
+    for note in frozen_by_the_dead():
+        try:
+            agent = Path(note.read_text())
+            done += [f"thawed the guest behind {agent}"] if await thaw_leftover(agent) else []
+            note.unlink()
+        except (AgentError, OSError) as error:
+            log.warning("cannot tell whether the guest's file systems are frozen: %s", error)
+    return done
 
 
 def committed(source: str, options: Options) -> tuple[list[Committed], list[str]]:

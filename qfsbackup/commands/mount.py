@@ -9,14 +9,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from qfsbackup.notify import more_time
 from qfsbackup.options import Options, check_fit, parse_options
-from qfsbackup.runtime import LeftNote
+from qfsbackup.runtime import LeftNote, frozen_by_the_dead
 from qfsbackup.supervisor import in_background, in_foreground
 from qfsbackup.vm.presence import listens
+from qfsbackup.vm.thaw import thaw_unheard
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,9 @@ class MountRequest:
         else have it for ever. SIGTERM ends the waiting.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        for frozen in frozen_by_the_dead():
+            with suppress(OSError):
+                thaw_unheard(Path(frozen.read_text()))  # nothing comes before it; cleanup looks whether it worked
         note, told, pause = LeftNote(os.getpid()), "", RESCUE_PAUSE
         try:
             while left := self._undo():

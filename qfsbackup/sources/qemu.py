@@ -35,6 +35,7 @@ from qfsbackup.vm.snapshot import Served, Taken, take
 log = logging.getLogger(__name__)
 
 NBD_SOCKET = "nbd.sock"
+FROZEN_NOTE = "frozen"  # see runtime
 AGAIN_TIMEOUT = 60.0  # seconds
 
 
@@ -133,7 +134,7 @@ class QemuSource:
             in_image=self.checkpoint is None or self.checkpoint.in_image,
             fleece=self.fleece,
             socket_path=self.runtime / NBD_SOCKET,
-            freeze=Freeze(self.freeze, self.agent),
+            freeze=Freeze(self.freeze, self.agent, self.runtime / FROZEN_NOTE),
         )
         await stack.enter_async_context(self._seeing_what_is_left(qmp))
         taken = await stack.enter_async_context(taking)

@@ -21,7 +21,7 @@ from qfsbackup.vm.holder import held_by
 from qfsbackup.vm.left import left
 from qfsbackup.vm.low_water import LOW_WATER
 from qfsbackup.vm.node import remove_node, take_out
-from qfsbackup.vm.owner import NEW, OWNER, PREFIX, Owner, living_owner, remove_line
+from qfsbackup.vm.owner import FROZEN, NEW, OWNER, PREFIX, Owner, living_owner, remove_line
 from qfsbackup.vm.pause import STOPPED, resume, running
 from qfsbackup.vm.qmp import Qmp
 from qfsbackup.vm.server import stop_server
@@ -97,12 +97,24 @@ async def _free_guest(qmp: Qmp, ours: Sequence[str], agent: Path | None) -> list
         stood = not await running(qmp)
         await resume(qmp)
         done += ["let the guest run on"] if stood and await running(qmp) else []
-    if agent is not None:
+    if FROZEN in ours:
+        done += await _thaw(qmp, agent)
+    return done
+
+
+async def _thaw(qmp: Qmp, agent: Path | None) -> list[str]:
+    """The mark stays where the agent does not answer: so it is tried again."""
+    if agent is None:
+        log.warning("the guest's file systems may be frozen: name its agent, or have it run guest-fsfreeze-thaw")
+        thawed = False
+    else:
         try:
-            done += ["thawed the guest's file systems"] if await thaw_leftover(agent) else []
+            thawed = await thaw_leftover(agent)
         except AgentError as error:
             log.warning("cannot tell whether the guest's file systems are frozen: %s", error)
-    return done
+            return []
+    await remove_node(qmp, FROZEN)
+    return ["thawed the guest's file systems"] if thawed else []
 
 
 async def _remove_nodes(qmp: Qmp, ours: Sequence[str]) -> None:

@@ -34,6 +34,22 @@ class Freeze:
 
     mode: Literal["auto", "require", "off"]
     agent: Path | None  # the agent's socket
+    note: Path | None = None  # a file that holds the agent's path for as long as its guest may be frozen by us
+
+    @property
+    def tried(self) -> bool:
+        """Will the agent be asked at all."""
+        return self.mode == "require" or (self.mode == "auto" and self.agent is not None)
+
+
+class StillFrozenError(UserError):
+    """The agent froze, or may have, and does not say that it has thawed."""
+
+    def __init__(self, agent: Path) -> None:
+        super().__init__(
+            "the guest's file systems may still be frozen: its agent does not answer",
+            f"Have it run guest-fsfreeze-thaw ({agent}), or restart the guest.",
+        )
 
 
 @dataclass(slots=True)
@@ -49,13 +65,13 @@ class Frozen:
 async def frozen(freeze: Freeze, *, running: bool) -> AsyncIterator[Frozen]:
     """Freeze for the length of the block, if that is wanted and can be done; `running`: does the guest run.
 
-    Raises UserError where it is required and not had, or did not hold until the end of the block.
+    Raises UserError where it is required and not had, or did not hold until the end of the block; StillFrozenError.
     """
     state = Frozen()
     async with AsyncExitStack() as stack:
-        if freeze.mode == "require" or (freeze.mode == "auto" and freeze.agent):
+        if freeze.tried:
             try:
-                await stack.enter_async_context(_freezing(freeze.agent, running, state))
+                await stack.enter_async_context(_freezing(freeze, running, state))
             except AgentError as error:
                 _not_frozen(freeze, str(error))
         yield state
@@ -73,15 +89,17 @@ def _not_frozen(freeze: Freeze, reason: str) -> None:
 
 
 @asynccontextmanager
-async def _freezing(path: Path | None, running: bool, state: Frozen) -> AsyncIterator[None]:
-    """Raises AgentError where nothing was frozen; after the block it does not raise."""
-    if path is None:
+async def _freezing(freeze: Freeze, running: bool, state: Frozen) -> AsyncIterator[None]:
+    """Raises AgentError where nothing was frozen, StillFrozenError."""
+    if freeze.agent is None:
         raise AgentError("no agent socket is named (agent=)")
     if not running:
         raise AgentError("the VM is not running")
-    async with open_agent(path) as agent:
+    async with open_agent(freeze.agent) as agent:
         if await agent.call("guest-fsfreeze-status") != "thawed":
             raise AgentError("they are frozen already, by somebody else; left so")
+        if freeze.note:
+            freeze.note.write_text(str(freeze.agent))
         deadline = trio.current_time() + HOLD_TIMEOUT
         try:
             if not await agent.call("guest-fsfreeze-freeze", FREEZE_TIMEOUT):
@@ -89,7 +107,12 @@ async def _freezing(path: Path | None, running: bool, state: Frozen) -> AsyncIte
             state.frozen, state.deadline = True, deadline
             yield
         finally:
-            state.held = await _thaw(agent)
+            thawed = await _thaw(agent)
+            if thawed is None:
+                raise StillFrozenError(freeze.agent)
+            state.held = bool(thawed)
+            if freeze.note:
+                freeze.note.unlink(missing_ok=True)
 
 
 async def thaw_leftover(path: Path) -> bool:
@@ -97,12 +120,13 @@ async def thaw_leftover(path: Path) -> bool:
     async with open_agent(path) as agent:
         if await agent.call("guest-fsfreeze-status") != "frozen":
             return False
-        await _thaw(agent)
+        if await _thaw(agent) is None:
+            raise AgentError("they do not thaw")
         return True
 
 
-async def _thaw(agent: Agent) -> bool:
-    """Thaw until it is thawed; were the file systems still frozen when we began?"""
+async def _thaw(agent: Agent) -> int | None:
+    """Thaw until it is thawed; how many file systems were still frozen when we began. None: it does not thaw."""
     with trio.move_on_after(THAW_TIMEOUT, shield=True):
         if not agent.in_step:  # it may freeze still, or again: whenever it is done, it is to thaw, even without us
             with suppress(AgentError):
@@ -111,9 +135,8 @@ async def _thaw(agent: Agent) -> bool:
             try:
                 count = await agent.call("guest-fsfreeze-thaw")
                 if await agent.call("guest-fsfreeze-status") == "thawed":
-                    return bool(count)
+                    return int(count)
             except AgentError as error:
                 log.warning("thawing the guest's file systems, trying again: %s", error)
             await trio.sleep(THAW_PAUSE)
-    log.error("the guest's file systems may still be frozen; have its agent run guest-fsfreeze-thaw")
-    return False
+    return None

@@ -12,7 +12,7 @@ from typing import Any
 
 from qfsbackup.vm.fleecing import FDSET
 from qfsbackup.vm.graph import Node, look_at_nodes
-from qfsbackup.vm.owner import LINE, NEW, PREFIX, line_holds
+from qfsbackup.vm.owner import FROZEN, LINE, NEW, PREFIX, line_holds
 from qfsbackup.vm.qmp import Qmp
 
 KEEPS_FDSETS_BEFORE = (9, 0, 0)  # a VM that does not run keeps removed fdsets (monitor_fdset_cleanup of QEMU 7.2)
@@ -48,6 +48,8 @@ async def _forgets_fdsets(qmp: Qmp) -> bool:
 def _describe(node: Node, nodes: Mapping[str, Node]) -> str:
     if node.name.startswith(NEW):
         return f"uncommitted bitmaps ({node.name})"
+    if node.name == FROZEN:
+        return f"file systems that may be frozen ({FROZEN})"
     users = [f"block job {job}" for job in node.jobs] or _above(node.name, nodes)
     return f"{node.name} (used by {', '.join(users)})" if users else node.name
 

@@ -23,6 +23,7 @@ from qfsbackup.vm.qmp import Qmp, QmpRefusedError
 
 PREFIX = "qfsbackup-"
 OWNER = PREFIX + "by-"  # + process id and its start time, hexadecimal: at most 31 characters, as QEMU wants it
+FROZEN = PREFIX + "frozen"  # a mark: the guest's file systems may be, by us
 LINE = PREFIX + "alive"
 LOOKS, LOOK_PAUSE = 3, 0.05  # how often, and seconds in between
 NEW = PREFIX + "new-"  # + a generation: its bitmaps are not committed yet (see leftovers)

@@ -27,10 +27,10 @@ from qfsbackup.model import CLUSTER
 from qfsbackup.vm.bitmaps import Checkpoint
 from qfsbackup.vm.fleecing import FleecingFile, fleecing_file
 from qfsbackup.vm.fleecing_folder import FleecingFolder, answers
-from qfsbackup.vm.freeze import Freeze, Frozen, frozen
+from qfsbackup.vm.freeze import Freeze, Frozen, StillFrozenError, frozen
 from qfsbackup.vm.graph import Disk, Machine
-from qfsbackup.vm.node import node, put_in, take_out
-from qfsbackup.vm.owner import PREFIX, owned
+from qfsbackup.vm.node import node, put_in, remove_node, take_out
+from qfsbackup.vm.owner import FROZEN, PREFIX, add_mark, owned
 from qfsbackup.vm.pause import Pause, running, stopped
 from qfsbackup.vm.qmp import Qmp
 from qfsbackup.vm.recording import MAP, Kept, Started, add_maps, copy_maps, keep, recording, restart
@@ -158,7 +158,7 @@ async def _instant(
     too much rather than too little.
     """
     moment = _Moment()
-    async with frozen(freeze, running=await running(qmp)) as state, AsyncExitStack() as pause:
+    async with _frozen(qmp, freeze) as state, AsyncExitStack() as pause:
         if not state.frozen and len(filtered) > 1 and await running(qmp):
             await pause.enter_async_context(stopped(qmp, moment.pause))
         with _deadline(state):
@@ -178,6 +178,22 @@ async def _instant(
 def _maps(filtered: Mapping[int, Filtered]) -> list[tuple[str, Disk, Checkpoint]]:
     points = [(f"{FLEECING}{number}", item.disk, item.checkpoint) for number, item in filtered.items()]
     return [(target, disk, point) for target, disk, point in points if point and point.base]
+
+
+@asynccontextmanager
+async def _frozen(qmp: Qmp, freeze: Freeze) -> AsyncIterator[Frozen]:
+    """As `frozen`, with a mark for as long as the guest may be frozen by us, that cleanup thaws it."""
+    async with AsyncExitStack() as mark:
+        runs = await running(qmp)
+        if freeze.tried:
+            mark.push_async_callback(remove_node, qmp, FROZEN)
+            await add_mark(qmp, FROZEN)
+        try:
+            async with frozen(freeze, running=runs) as state:
+                yield state
+        except StillFrozenError:
+            mark.pop_all()
+            raise
 
 
 @contextmanager

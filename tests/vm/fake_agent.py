@@ -60,13 +60,12 @@ async def fake_agent(path: Path, answer: Answer) -> AsyncIterator[Path]:
 
         async def serve(stream: trio.SocketStream) -> None:
             rest = b""
-            async for chunk in stream:
-                *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
-                    command = json.loads(line.lstrip(b"\xff"))
-                    reply = await answer(command["execute"], command["arguments"])
-                    with contextlib.suppress(trio.BrokenResourceError):
-                        await stream.send_all(reply)
+            with contextlib.suppress(trio.BrokenResourceError):  # a client that was killed
+                async for chunk in stream:
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    for line in lines:
+                        command = json.loads(line.lstrip(b"\xff"))
+                        await stream.send_all(await answer(command["execute"], command["arguments"]))
 
         async with background(partial(trio.serve_listeners, serve, [trio.SocketListener(listener)])):
             yield path

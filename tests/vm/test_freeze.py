@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Freezing the guest: the real agent in a real guest, and a fake one for what the real one cannot be made to do."""
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,8 @@ from qfsbackup.errors import UserError
 from qfsbackup.vm import agent as agent_module
 from qfsbackup.vm import freeze as freeze_module
 from qfsbackup.vm.cleanup import cleanup
-from qfsbackup.vm.freeze import Freeze, frozen
-from qfsbackup.vm.owner import PREFIX
+from qfsbackup.vm.freeze import Freeze, StillFrozenError, frozen
+from qfsbackup.vm.owner import FROZEN
 from qfsbackup.vm.qmp import connect
 from tests.harness.agent import ask
 from tests.harness.qmp_proxy import running_proxy
@@ -74,8 +73,7 @@ async def test_a_freeze_that_is_not_ours_stays(guest_vm: Vm, tmp_path: Path) -> 
     async with connect(guest_vm.qmp, print) as qmp:
         assert await cleanup(qmp, guest_vm.agent) == []
         assert await status(guest_vm) == "frozen"
-        dead = f"{PREFIX}by-1-1"
-        await guest_vm.monitor.execute("blockdev-add", {"driver": "null-co", "node-name": dead, "size": 0})
+        await guest_vm.monitor.execute("blockdev-add", {"driver": "null-co", "node-name": FROZEN, "size": 0})
         assert "thawed the guest's file systems" in await cleanup(qmp, guest_vm.agent)
     assert await status(guest_vm) == "thawed"
 
@@ -286,13 +284,15 @@ async def test_a_cancelled_block_is_thawed(tmp_path: Path) -> None:
 
 
 async def test_an_agent_that_never_thaws_does_not_block_us(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, autojump_clock: trio.testing.MockClock
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
     autojump_clock.autojump_threshold = 0.05  # seconds of silence on the real sockets
     guest = Guest()
     async with fake_agent(tmp_path / "agent", guest.answer) as path:
-        async with frozen(Freeze("auto", path), running=True):
-            guest.lose, guest.lose_count = {"guest-fsfreeze-thaw"}, 1000
-            start = trio.current_time()
+        guest.lose, guest.lose_count = {"guest-fsfreeze-thaw"}, 1000
+        start = trio.current_time()
+        with pytest.raises(StillFrozenError, match="may still be frozen"):
+            async with frozen(Freeze("auto", path, tmp_path / "note"), running=True):
+                pass
         assert trio.current_time() - start < freeze_module.THAW_TIMEOUT + agent_module.ANSWER_TIMEOUT
-    assert [record.levelno for record in caplog.records][-2] == logging.ERROR
+    assert (tmp_path / "note").read_text() == str(path)

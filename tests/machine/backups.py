@@ -52,6 +52,8 @@ class Backups(Base):
         refused = command.wait()
         assert self.jobs or not self.world.plugged, refused.stderr
         assert refused.code == EXIT_MOUNT, refused
+        if self.dead and self.jobs:
+            return  # a job that uses the dead mount's filter keeps it there
         self.dead = False
         self.nothing_is_left(refused.stderr)
 
@@ -180,6 +182,8 @@ class Backups(Base):
             subprocess.run(["umount", "-l", self.mountpoint], check=False, capture_output=True)
         with self.others_see_nothing():
             result = self.commands.run("cleanup", self.world.socket, "-o", self.options(None))
+            if self.dead and self.jobs and result.code == EXIT_MOUNT:
+                return
             assert result.code == 0, result
             self.dead = False
         self.nothing_is_left(result.stderr)
@@ -192,5 +196,6 @@ class Backups(Base):
         assert known.code == 0, known
         with self.others_see_nothing():
             result = self.commands.run(*words, "--delete", to)
-        assert result.code == (0 if f"{to} " in known.stdout else 1), (known, result)
+        lines = [line for line in known.stdout.splitlines() if line.startswith(f"{to}  ") and "the bitmap" not in line]
+        assert result.code == (0 if lines else 1), (known, result)
         self.bases[to].contents = []

@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 
 from hypothesis.stateful import RuleBasedStateMachine
 
+from qfsbackup.errors import EXIT_SYSTEM
+from tests.harness.monitor import Monitor
 from tests.harness.mount import aside, is_mounted
 from tests.harness.qemu import Qemu
 from tests.machine.commands import Command, Commands
@@ -34,7 +36,7 @@ class Mounted:
     command: Command
     target: str | None
     option: str  # that was given besides
-    truth: dict[str, bytes]  # each disk at the instant, by its name
+    truth: dict[str, bytes] = field(repr=False)  # each disk at the instant, by its name
     facts: dict[str, Any]  # vm.json
     bitmaps: set[str]  # the names of all that were ours before
     read: bool = False  # have the target's tools run
@@ -48,7 +50,14 @@ class Mounted:
 class Bases:
     """What `delta/` may apply on: the contents of the last commits of a target, one or, after a kill, two."""
 
-    contents: list[dict[str, bytes]] = field(default_factory=list)
+    contents: list[dict[str, bytes]] = field(default_factory=list, repr=False)
+
+
+async def end_job(monitor: Monitor, job: str, target: str) -> None:
+    """Cancel a block job, and remove the node that it wrote to."""
+    await monitor.execute("job-cancel", id=job)
+    await monitor.event("JOB_STATUS_CHANGE", id=job, status="null")
+    await monitor.execute("blockdev-del", node_name=target)
 
 
 class Base(RuleBasedStateMachine):
@@ -144,16 +153,35 @@ class Base(RuleBasedStateMachine):
         return {name for names in checkpoints(self.world).values() for name in names} if self.world.on else set()
 
     def end(self) -> None:
-        """Unmount."""
+        """Unmount. Where a job of others uses our filter, that is said; once it is over nothing of ours is left."""
         assert self.mounted
         mounted, self.mounted = self.mounted, None
         with self.others_see_nothing():
             result = self.commands.run("umount", self.mountpoint)
-            ended = mounted.command.wait()
-        assert result.code in ((0, 2) if mounted.gone else (0,)), (result, ended.stderr)
-        assert ended.code == (2 if mounted.gone else 0), ended.stderr
-        self.nothing_is_left(ended.stderr)
+        if self.jobs and result.code == EXIT_SYSTEM:
+            assert result.stderr.startswith("unmounted, but "), result
+            self.foreign_job_ends()
+            self.ended(mounted, EXIT_SYSTEM)
+        elif mounted.gone:
+            assert result.code in (0, EXIT_SYSTEM), result
+            self.ended(mounted, EXIT_SYSTEM)
+        else:
+            assert result.code == 0, (result, mounted.command.err.read_text())
+            self.ended(mounted, 0)
+
+    def ended(self, mounted: Mounted, code: int) -> None:
+        """The mount's processes end with this exit status, and all is as it should be."""
+        with self.others_see_nothing():
+            result = mounted.command.wait()
+        assert result.code == code, result.stderr
+        self.nothing_is_left(result.stderr)
         self.bitmaps_are_right(mounted)
+
+    def foreign_job_ends(self) -> None:
+        """The job that there is."""
+        for job, target in self.jobs.items():
+            self.portal.call(end_job, self.world.vm.monitor, job, target)
+        self.jobs.clear()
 
     def nothing_is_left(self, log: str) -> None:
         """No mount, and in QEMU nothing of ours but bitmaps."""

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""Rules: external snapshots, block jobs that end with another image below a disk, and others' jobs that go on."""
+"""Rules: external snapshots, and block jobs that end with another image below a disk."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from tests.machine.base import Base
+from tests.machine.world import Format
 
 NUMBERS = st.integers(0, 1)
 
@@ -52,7 +53,7 @@ class Jobs(Base):
 
     @rule(number=NUMBERS, form=st.sampled_from(["raw", "qcow2"]))
     @precondition(lambda self: self.world.plugged)
-    def mirror(self, number: int, form: Literal["raw", "qcow2"]) -> None:
+    def mirror(self, number: int, form: Format) -> None:
         """The disk moves to another image."""
         slot = self.slot(number)
         assert slot
@@ -64,28 +65,6 @@ class Jobs(Base):
             slot.image = image
             self.disturb()
 
-    @rule(number=NUMBERS, kind=st.sampled_from(["blockdev-backup", "blockdev-mirror"]))
-    @precondition(lambda self: self.world.plugged and not self.jobs and not self.mounted)
-    def foreign_job(self, number: int, kind: str) -> None:
-        """Somebody else's, that does not end by itself."""
-        slot = self.slot(number)
-        assert slot
-        target = f"foreign{self.world.number()}"
-        size = self.world.block(slot)["inserted"]["image"]["virtual-size"]
-        self.world.qmp("blockdev-add", driver="null-co", node_name=target, size=size)
-        words: dict[str, Any] = {"job_id": "foreign", "device": self.root(slot), "target": target, "sync": "none"}
-        if self.world.refused(kind, **words):
-            self.world.qmp("blockdev-del", node_name=target)
-        else:
-            self.jobs["foreign"] = target
-
-    @rule()
-    @precondition(lambda self: self.jobs)
-    def foreign_job_ends(self) -> None:
-        self.world.qmp("job-cancel", id="foreign")
-        self.concluded("foreign", switch=False)
-        self.world.qmp("blockdev-del", node_name=self.jobs.pop("foreign"))
-
     def job(self, command: str, **arguments: Any) -> str:
         """Run a block job to its end; why there is none, if QEMU refuses it."""
         job = f"job{self.world.number()}"
@@ -94,11 +73,11 @@ class Jobs(Base):
             self.concluded(job)
         return refused
 
-    def concluded(self, job: str, *, switch: bool = True) -> None:
+    def concluded(self, job: str) -> None:
         """Wait for its end; where it waits for a word to switch over, say it."""
         while True:
             status = self.world.event("JOB_STATUS_CHANGE", id=job)["data"]["status"]
-            if status == "ready" and switch:
+            if status == "ready":
                 self.world.qmp("job-complete", id=job)
             elif status == "null":
                 return

@@ -56,7 +56,7 @@ class Kills(Backups):
             self.shows_the_instant()
 
     @rule(victim=VICTIMS, number=st.integers(0, 4))
-    @precondition(lambda self: self.mounted and self.mounted.whole and not self.mounted.gone)
+    @precondition(lambda self: self.mounted and self.mounted.whole and not self.mounted.gone and not self.jobs)
     def kill_while_committing(self, victim: Victim, number: int) -> None:
         assert self.mounted
         assert self.mounted.target
@@ -72,7 +72,7 @@ class Kills(Backups):
             bases.contents.append(mounted.truth)
 
     @rule(victim=VICTIMS, number=st.integers(0, 20))
-    @precondition(lambda self: self.mounted and not self.mounted.gone)
+    @precondition(lambda self: self.mounted and not self.mounted.gone and not self.jobs)
     def kill_while_leaving(self, victim: Victim, number: int) -> None:
         assert self.mounted
         mounted, self.mounted = self.mounted, None

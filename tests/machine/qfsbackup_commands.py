@@ -18,6 +18,9 @@ from typing import Any
 
 import qfsbackup.daemon  # noqa: F401 - every command would import it after its fork
 from qfsbackup.cli import main
+from qfsbackup.commands import mount
+
+mount.RESCUE_PAUSE, mount.LONGEST_PAUSE = 0.2, 0.5  # seconds; what is left is looked for more often
 
 
 def start(folder: Path, request: dict[str, Any]) -> int:

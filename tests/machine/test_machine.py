@@ -19,6 +19,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.harness.qemu import Qemu
 from tests.machine.commands import serving
+from tests.machine.foreign import ForeignJobs
 from tests.machine.jobs import Jobs
 from tests.machine.kills import Kills
 from tests.machine.plugs import Plugs
@@ -39,7 +40,7 @@ SETTINGS = settings(
 )
 
 
-class Machine(Kills, Writes, Power, Plugs, Jobs):
+class Machine(Kills, ForeignJobs, Writes, Power, Plugs, Jobs):
     """All rules."""
 
 

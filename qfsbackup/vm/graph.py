@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qfsbackup.errors import UserError
 from qfsbackup.vm.names import Place, disk_names, qom_path
 from qfsbackup.vm.qmp import Qmp, QmpRefusedError
 
@@ -22,6 +23,7 @@ FILTERS = frozenset(
     ]
 )
 KINDS = ("block-driver", "block-backend", "block-job")  # of what x-debug-query-block-graph calls nodes
+LOOKS = 5  # at most, until two queries fit together
 NIL_UUID = "00000000-0000-0000-0000-000000000000"  # what QEMU tells where nobody gave one
 
 
@@ -90,17 +92,17 @@ class Machine:
 
 
 async def look(qmp: Qmp) -> Machine:
-    """The facts about a VM. Raises QmpError."""
+    """The facts about a VM. Raises QmpError, and UserError where its block nodes change at every look."""
     version = (await qmp.execute("query-version"))["qemu"]
     uuid = (await qmp.execute("query-uuid"))["UUID"]
-    nodes = await look_at_nodes(qmp)
+    nodes, blocks = await _look_at_devices(qmp)
     return Machine(
         version=(version["major"], version["minor"], version["micro"]),
         name=(await qmp.execute("query-name")).get("name"),
         uuid=None if uuid == NIL_UUID else uuid,
         status=(await qmp.execute("query-status"))["status"],
         migration=(await qmp.execute("query-migrate")).get("status"),
-        disks=await _disks(qmp, nodes),
+        disks=await _disks(qmp, nodes, blocks),
         nodes=nodes,
         exports=tuple(await qmp.execute("query-block-exports")),
     )
@@ -154,8 +156,21 @@ async def devices(qmp: Qmp) -> list[Mapping[str, Any]]:
     return [block for block in await qmp.execute("query-block") if block.get("qdev")]
 
 
-async def _disks(qmp: Qmp, nodes: Mapping[str, Node]) -> tuple[Disk, ...]:
-    blocks = await devices(qmp)
+async def _look_at_devices(qmp: Qmp) -> tuple[Mapping[str, Node], list[Mapping[str, Any]]]:
+    """All nodes, and the guest devices: two queries. A node that somebody puts in between them is a root that the first
+    one does not know, and its disk would seem to have no medium, and be left out of the backup."""
+    for _ in range(LOOKS):
+        nodes = await look_at_nodes(qmp)
+        blocks = await devices(qmp)
+        if {root_name(block) for block in blocks} <= {"", *nodes}:
+            return nodes, blocks
+    raise UserError(
+        "the VM's block nodes change at every look: somebody is at work on its disks",
+        "Wait for the end of it, and try again.",
+    )
+
+
+async def _disks(qmp: Qmp, nodes: Mapping[str, Node], blocks: Sequence[Mapping[str, Any]]) -> tuple[Disk, ...]:
     places = [Place(block["qdev"], block["device"], root_name(block)) for block in blocks]
     return tuple(
         [

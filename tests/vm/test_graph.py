@@ -4,6 +4,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ from qfsbackup.vm.qmp import connect
 from qfsbackup.vm.selection import choose, left_out, refuse_disks, refuse_machine
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu
+from tests.harness.qmp_proxy import running_proxy
 from tests.harness.vm import UUID, Vm, running_vm
 from tests.vm.support import copied, held, make_source
 
@@ -133,6 +135,26 @@ async def test_another_backup_is_left_alone(paused_vm: Vm, tmp_path: Path) -> No
     after = await held(paused_vm)
     assert after["devices"] == before["devices"]
     assert [device for device, _ in after["jobs"]] == ["theirs"]
+
+
+@pytest.mark.parametrize("times", [1, 100])
+async def test_a_node_that_comes_while_we_look_hides_no_disk(paused_vm: Vm, tmp_path: Path, times: int) -> None:
+    """It is the root of the device in `query-block`, and was not there when the nodes were asked for."""
+    monitor, device = paused_vm.monitor, "/machine/peripheral/vda/virtio-backend"
+    roots = ["vda-node", *(f"root{number}" for number in range(times))]
+
+    async def put_in(name: str, _arguments: dict[str, Any]) -> None:
+        if name == "query-block" and len(roots) > 1:
+            below = roots.pop(0)
+            await monitor.execute("blockdev-add", driver="copy-on-read", node_name=roots[0], file=below)
+            await monitor.execute("qom-set", path=device, property="drive", value=roots[0])
+
+    async with running_proxy(paused_vm.qmp, tmp_path / "proxy", put_in), connect(tmp_path / "proxy", print) as qmp:
+        if times == 1:
+            assert [disk.name for disk in choose(await look(qmp), (), ())] == ["vda", "vdb"]
+        else:
+            with pytest.raises(UserError, match="change at every look"):
+                await look(qmp)
 
 
 async def test_a_foreign_copy_before_write_filter_is_left_alone(paused_vm: Vm, tmp_path: Path) -> None:

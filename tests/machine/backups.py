@@ -60,7 +60,7 @@ class Backups(Base):
     def shows_the_instant(self) -> None:
         assert self.mounted
         mounted = self.mounted
-        assert {disk["name"] for disk in mounted.facts["disks"]} == mounted.truth.keys()
+        assert {disk["name"] for disk in mounted.facts["disks"]} == mounted.truth.keys(), mounted.facts
         for name, content in mounted.truth.items():
             if mounted.option != DIRTY:
                 assert self.portal.call(aside, (self.mountpoint / f"images/{name}.raw").read_bytes) == content, name

@@ -196,6 +196,7 @@ class Backups(Base):
         assert known.code == 0, known
         with self.others_see_nothing():
             result = self.commands.run(*words, "--delete", to)
-        lines = [line for line in known.stdout.splitlines() if line.startswith(f"{to}  ") and "the bitmap" not in line]
+        lines = [line.split("  ") for line in known.stdout.splitlines()]
+        lines = [words for words in lines if words[0] == to and not words[1].startswith("the bitmap")]
         assert result.code == (0 if lines else 1), (known, result)
         self.bases[to].contents = []

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_SYSTEM, UserError
+from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_SYSTEM, Interrupted, UserError
 from qfsbackup.log import printable
 
 
@@ -46,7 +46,8 @@ def reported(command: Callable[[], int]) -> int:
         code = _say(EXIT_SYSTEM, str(error), "qfsbackup must run as root.")
     except (KeyboardInterrupt, BaseExceptionGroup) as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        code = _say(EXIT_INTERRUPTED, _interrupted(error))
+        code = error.exit_code if isinstance(error, Interrupted) else EXIT_INTERRUPTED
+        _say(code, _interrupted(error))
     return code
 
 
@@ -88,7 +89,7 @@ def _interrupted(error: BaseException) -> str:
         if interrupts is None or others is not None:
             raise error
         return "interrupted"
-    return f"interrupted{': ' if error.args else ''}{' '.join(map(str, error.args))}"
+    return ": ".join(["interrupted", *map(str, error.args)])
 
 
 def _say(code: int, *lines: str) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 
 EXIT_USAGE = 1  # mount(8): incorrect invocation or permissions
 EXIT_SYSTEM = 2  # mount(8): system error
@@ -26,6 +27,14 @@ class UserError(Exception):
         self.what = what
         self.hint = hint
         self.exit_code = exit_code
+
+
+class Interrupted(KeyboardInterrupt):  # no more an error than its base is
+    """Another signal than SIGINT asked this process to end, where that is handled in the same way."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.exit_code = 128 + number  # as a shell says it
 
 
 class FsError(Exception):

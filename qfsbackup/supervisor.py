@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 from qfsbackup import log as logs
 from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_MOUNT, EXIT_SYSTEM, EXIT_UNRESTORED, EXIT_USAGE, UserError
 from qfsbackup.notify import READY, STOPPING, notify
-from qfsbackup.signals import ENDING, HANDED_ON, acted_on
+from qfsbackup.signals import ENDING, HANDED_ON, acted_on, ending_interrupts
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def in_background(work: Work, rescue: Rescue, log_level: int, *, bound: bool = F
 
     `bound`: both end when this process does. Returns with SIGINT blocked: one that comes now was too late to call the
     mount off. Raises the worker's UserError, once everything it made is undone (or what cannot be is left to the
-    supervisor); on Ctrl-C, then too, KeyboardInterrupt.
+    supervisor); on Ctrl-C, then too, KeyboardInterrupt, and Interrupted on the other signals that end a mount.
     """
     reader, writer = os.pipe()
     parent = os.getpid()
@@ -60,12 +60,15 @@ def in_background(work: Work, rescue: Rescue, log_level: int, *, bound: bool = F
         os._exit(_guarded(lambda: _supervise(_reporting(work, writer, log_level), rescue, detach, bound_to)))
     os.close(writer)
     try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-        message = _message(reader)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt(_call_off(supervisor, reader)) from None
+        with ending_interrupts():
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
+            message = _message(reader)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    except KeyboardInterrupt as interrupt:
+        for number in ENDING:
+            signal.signal(number, signal.SIG_IGN)
+        interrupt.args = (*interrupt.args, _call_off(supervisor, reader))
+        raise
     finally:
         os.close(reader)
     if not message.get("ready"):

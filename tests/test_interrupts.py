@@ -47,6 +47,10 @@ class Pressed:
     def press(self) -> None:
         os.killpg(self._process.pid, signal.SIGINT)
 
+    def signal(self, number: signal.Signals) -> None:
+        """To the command alone."""
+        self._process.send_signal(number)
+
     async def end(self) -> Result:
         out, err = await aside(self._process.communicate)
         return Result(self._process.returncode, out, err)
@@ -76,6 +80,26 @@ async def test_ctrl_c_leaves_nothing(
         assert (done.code, done.stderr.splitlines()[-1]) == (130, line), done
         if line == CALLED_OFF:
             assert done.stderr == f"{line}\n"
+        assert not is_mounted(directory)
+
+
+@pytest.mark.one_qemu
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_another_end_of_the_command_that_waits_for_a_mount_leaves_nothing_either(
+    vm: Vm, directory: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """timeout(1), or a terminal that closes."""
+    proxy = tmp_path / "proxy.qmp"
+    running: list[Pressed] = []
+
+    async def end(name: str, _arguments: object) -> None:
+        if name == "qom-set" and running:
+            running.pop().signal(number)
+
+    async with left_as_it_was(vm), running_proxy(vm.qmp, proxy, on_command=end), taken_away(directory, proxy):
+        running.append(mount := Pressed([PROGRAM, "mount", proxy, directory]))
+        line = f"interrupted: {number.name}: nothing is mounted, and the VM is as it was\n"
+        assert await mount.end() == Result(128 + number, "", line)
         assert not is_mounted(directory)
 
 

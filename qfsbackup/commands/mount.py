@@ -79,7 +79,7 @@ class MountRequest:
             note.remove()
 
     def _undo(self) -> str:
-        """What is left; empty: nothing."""
+        """What is left; empty: nothing. Where we are killed meanwhile, what has begun goes on to its end."""
         options = [word for text in self.option_texts for word in ("-o", text)]
         command = [sys.executable, "-m", "qfsbackup", "cleanup", self.source, *options]
         try:

@@ -119,8 +119,8 @@ async def _thaw(qmp: Qmp, agent: Path | None) -> list[str]:
 
 async def _remove_nodes(qmp: Qmp, ours: Sequence[str]) -> None:
     for prefix in ORDER:
-        for name in ours:
-            if name.startswith(prefix):
-                if prefix == FILTER:
-                    await take_out(qmp, name)
-                await remove_node(qmp, name)
+        names = [name for name in ours if name.startswith(prefix)]
+        if prefix == FILTER and names:
+            await take_out(qmp, names)
+        for name in names:
+            await remove_node(qmp, name)

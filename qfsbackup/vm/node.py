@@ -8,13 +8,13 @@ trusting what we remember, because the VM went on living: disks are unplugged, m
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import trio
 
-from qfsbackup.vm.graph import Disk, devices, look_at_graph, look_at_nodes, root_name
+from qfsbackup.vm.graph import Disk, Graph, devices, look_at_graph, look_at_nodes
 from qfsbackup.vm.names import qom_path
 from qfsbackup.vm.qmp import Qmp, QmpError, QmpGoneError, QmpRefusedError
 
@@ -68,31 +68,49 @@ async def put_in(qmp: Qmp, disk: Disk, filter_name: str) -> None:
     await qmp.execute("qom-set", {"path": disk.qdev, "property": "drive", "value": filter_name})
 
 
-async def take_out(qmp: Qmp, filter_name: str) -> None:
-    """Give every device whose root is this filter what the filter stands on *now*; leave all others alone."""
-    with undoing(f"take the filter {filter_name} out"):
-        for device in await devices(qmp):
-            if root_name(device) == filter_name:
-                await _take_out(qmp, device, filter_name)
+async def take_out(qmp: Qmp, filters: Collection[str]) -> None:
+    """Give every device whose root is one of these filters what that stands on *now*; leave all others alone.
 
-
-async def _take_out(qmp: Qmp, device: Mapping[str, Any], filter_name: str) -> None:
-    """Look directly before and after, and once more where somebody puts a node there in this very moment.
-
-    QEMU then refuses, for the device would go round a node that needs to see the guest's writes, or the look afterwards
+    Look directly before and after, and once more where somebody puts a node below a filter in this very moment: QEMU
+    then refuses, for the device would go round a node that needs to see the guest's writes, or the look afterwards
     finds another node below the filter than the one that the device was given (measured with QEMU 7.2.22 and 10.0.2).
     """
-    path, backend = qom_path(device["qdev"]), device["device"] or device["qdev"]
-    given, refusal = filter_name, None
-    for _ in range(TRIES):
-        graph = await look_at_graph(qmp)
-        root, below = graph.roots.get(backend), graph.children.get(filter_name, {}).get("file", "")
-        if root == below or root not in (filter_name, given):
-            return  # it is out; or somebody stands on it, and the device is his
-        given = below
-        try:
-            await qmp.execute("qom-set", {"path": path, "property": "drive", "value": below})
-        except QmpRefusedError as error:
-            refusal = error
-    if refusal:
-        raise refusal
+    with undoing(f"take {', '.join(filters)} out of the guest's way"):
+        paths = {device["device"] or device["qdev"]: qom_path(device["qdev"]) for device in await devices(qmp)}
+        given: dict[str, _Given] = {}
+        refusal = None
+        for _ in range(TRIES):
+            wrong = _wrong(await look_at_graph(qmp), filters, given)
+            if not wrong:
+                return
+            given |= wrong
+            for backend, what in wrong.items():
+                try:
+                    await qmp.execute("qom-set", {"path": paths[backend], "property": "drive", "value": what.node})
+                except QmpRefusedError as error:
+                    refusal = error
+        if refusal:
+            raise refusal
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """The node that a device was given, which stood below the filter."""
+
+    filter: str
+    node: str
+
+
+def _wrong(graph: Graph, filters: Collection[str], given: Mapping[str, _Given]) -> dict[str, _Given]:
+    """What devices are to be given, by their backends: those with a filter, or with what is not below it any more.
+
+    Where another node is a device's root now, somebody stands on the filter, and the device is his.
+    """
+    found = {}
+    for backend, root in graph.roots.items():
+        last = given.get(backend)
+        name = root if root in filters else last.filter if last and last.node == root else ""
+        below = graph.children.get(name, {}).get("file", "")
+        if below and below != root:
+            found[backend] = _Given(name, below)
+    return found

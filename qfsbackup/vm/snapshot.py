@@ -159,18 +159,18 @@ async def _instant(
     """
     moment = _Moment()
     async with _frozen(qmp, freeze) as state, AsyncExitStack() as pause:
-        if not state.frozen and len(filtered) > 1 and await running(qmp):
-            await pause.enter_async_context(stopped(qmp, moment.pause))
         with _deadline(state):
             await look_before(qmp, filtered.values())
+            if not state.frozen and len(filtered) > 1 and await running(qmp):
+                await pause.enter_async_context(stopped(qmp, moment.pause))
             moment.instant = time.time_ns()
             await restart(qmp, started)
+            stack.push_async_callback(take_out, qmp, [item.filter for item in filtered.values()])
             for item in filtered.values():
                 await look_at_device(qmp, item)
-                stack.push_async_callback(take_out, qmp, item.filter)
                 await put_in(qmp, item.disk, item.filter)
             await copy_maps(qmp, _maps(filtered))
-            await look_after(qmp, filtered.values())
+    await look_after(qmp, filtered.values())
     moment.held = state.held
     return moment
 

@@ -80,7 +80,7 @@ static void op_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t o
 }
 
 /* The kernel has copied in what the command's number says; there is nothing to copy out. */
-static void op_ioctl(fuse_req_t request, fuse_ino_t inode, int command, void *argument, struct fuse_file_info *info,
+static void op_ioctl(fuse_req_t request, fuse_ino_t inode, unsigned command, void *argument, struct fuse_file_info *info,
                      unsigned flags, const void *content, size_t length, size_t unused)
 {
     PyGILState_STATE gil;
@@ -92,7 +92,7 @@ static void op_ioctl(fuse_req_t request, fuse_ino_t inode, int command, void *ar
     gil = PyGILState_Ensure();
     dispatch(on_ioctl,
              Py_BuildValue("KKIy#", (unsigned long long)(uintptr_t)request, (unsigned long long)info->fh,
-                           (unsigned)command, content ? content : "", (Py_ssize_t)length),
+                           command, content ? content : "", (Py_ssize_t)length),
              request);
     PyGILState_Release(gil);
 }

@@ -17,6 +17,7 @@ from tests.harness.monitor import QmpError
 from tests.harness.qemu import Qemu
 from tests.harness.qmp_proxy import running_proxy
 from tests.harness.vm import Vm, running_vm
+from tests.vm.fake_agent import Guest, fake_agent
 from tests.vm.support import guest_io, held, make_source
 
 SIZE = 4 * MIB
@@ -204,3 +205,25 @@ async def test_a_mirror_of_our_filter_that_starts_when_we_leave_keeps_every_writ
     await guest_io(bed.vm, "vdb", "write -P 2 512k 1M")
     await pivot(bed)
     assert (bed.folder / "target.raw").read_bytes()[: 3 * MIB // 2] == b"\x01" * (MIB // 2) + b"\x02" * MIB
+
+
+@pytest.mark.one_qemu
+@pytest.mark.parametrize("act", [backup, resize], ids=lambda act: act.__name__)
+async def test_what_begins_while_the_guest_is_slow_to_freeze_is_found(bed: Bed, act: Act) -> None:
+    await bed.run("cont")
+    guest = Guest()
+
+    async def answer(command: str, arguments: dict[str, object]) -> bytes:
+        if command == "guest-fsfreeze-freeze":
+            await act(bed)
+            bed.happened = True
+        return await guest.answer(command, arguments)
+
+    async with (
+        fake_agent(bed.folder / "agent", answer) as agent,
+        refused(bed, "somebody is at work"),
+        make_source(bed.vm, bed.folder, socket=bed.socket, agent=agent).snapshot(),
+    ):
+        pytest.fail("was not refused")
+    assert guest.thawed.is_set()
+    await cancel(bed)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.harness.disk import Disk
-from tests.harness.mount import command, qfsbackup
+from tests.harness.mount import command, mounted, qfsbackup
 from tests.harness.qemu import Qemu, run_img
 from tests.harness.qmp_proxy import running_proxy
 from tests.incremental.chain_lab import SIZE, ChainLab, chain_lab, drives, said
@@ -168,6 +168,19 @@ async def test_transient_bitmaps_store_nothing_in_the_image(qemu: Qemu, tmp_path
         assert said(await lab.backup(in_image=False))["vda"].startswith("invalid")
         await lab.off()
         assert (await command(qemu.img, "snapshot", "-a", "before", tmp_path / "vda.img")).code == 0
+
+
+@pytest.mark.one_qemu
+async def test_the_option_says_so_in_a_mount(qemu: Qemu, tmp_path: Path) -> None:
+    async with chain_lab(qemu, tmp_path) as lab:
+        await lab.image("vda")
+        await lab.boot([qcow2(lab, "vda")])
+        for option, reason in (("bitmaps=persistent", ""), ("bitmaps=transient", "bitmaps=transient")):
+            options = f"target=nas,vm=vm,state={tmp_path},fleece={tmp_path},{option}"
+            async with mounted(lab.vm.qmp, tmp_path / "mnt", options) as mount:
+                [disk] = (await mount.json("vm.json"))["disks"]
+                assert disk["bitmap_transient"] == reason
+                assert (await mount.status())["disks"]["vda"]["bitmap_transient"] == reason
 
 
 @pytest.mark.one_qemu

@@ -6,7 +6,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qfsbackup.vm.names import Place, disk_names, qom_path
+from qfsbackup.vm.names import Place, disk_names, qom_path, shifts
 
 IDS = st.sampled_from(["a", "b", "c"])
 PATHS = st.one_of(
@@ -52,3 +52,11 @@ def test_a_disk_is_called_by_what_a_person_named_first() -> None:
 
 def test_an_id_wins_against_another_disks_block_device_name() -> None:
     assert disk_names([Place("/machine/unattached/device[1]", "x", "n"), Place("x", "", "")]) == ["n", "x"]
+
+
+def test_names_that_another_disk_may_get() -> None:
+    """QEMU's own for `-drive` without id=, and places; not what a person or libvirt named."""
+    assert all(shifts(name) for name in ("virtio0", "ide0-hd0", "scsi0-cd12", "pflash1", "none3", "sd0", "floppy0"))
+    assert shifts("peripheral-anon/device[1]/virtio-backend")
+    kept = ["vda", "drive0", "virtio-disk0", "scsi0-0-0-1", "drive-scsi0", "system.flash0", "virtio0x", "ide0"]
+    assert not any(shifts(name) for name in kept)

@@ -20,13 +20,13 @@ from typing import TypeVar
 
 import trio
 
+from qfsbackup import log as logs
 from qfsbackup.chain import Chain, committed, open_chain
 from qfsbackup.defects import defects_raised
 from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_SYSTEM, EXIT_UNRESTORED, UserError
 from qfsbackup.fuse.mount import check_mountpoint, mounted
 from qfsbackup.fuse.operations import Owner
 from qfsbackup.health import check, look_at_files
-from qfsbackup.log import only_warnings
 from qfsbackup.model import Disk, Sockets, Source
 from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.nbd.listing import list_exports
@@ -67,11 +67,12 @@ def serve(source: str, mountpoint: Path, options: Options, ready: Callable[[], N
 
     def ended_by(number: signal.Signals) -> None:
         if not came:
-            only_warnings()
+            logs.only_warnings()
         came.append(number)
 
     try:
-        trio.run(partial(_serve, source, mountpoint, options, status, now_ready, ended_by))
+        with logs.in_thread():
+            trio.run(partial(_serve, source, mountpoint, options, status, now_ready, ended_by))
     except BaseExceptionGroup as group:
         error = _only_error(group)
         if status.unrestored and isinstance(error, UserError):

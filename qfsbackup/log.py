@@ -7,15 +7,21 @@ is not printable becomes an escape: no name can end a line, or tell a terminal w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import logging.handlers
 import os
+import queue
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qfsbackup.errors import UserError
 
 JOURNAL_LEVELS = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+MOST_RECORDS = 1000  # that wait to be written
+FLUSH_TIMEOUT = 2.0  # seconds
 SYSLOG_SOCKET = "/dev/log"
 
 
@@ -74,12 +80,67 @@ def only_warnings() -> None:
         logger.setLevel(logging.WARNING)
 
 
+class _Thread(logging.Handler):
+    """Hands records to a thread, which hands them to `target`. Nobody waits for it: what is too much is lost."""
+
+    def __init__(self, target: logging.Handler) -> None:
+        super().__init__()
+        self.target = target
+        self._todo: queue.Queue[Callable[[], object]] = queue.Queue(MOST_RECORDS)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._is_over = False
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(queue.Full):
+            self._todo.put_nowait(lambda: self.target.handle(record))
+
+    def _run(self) -> None:
+        while not self._is_over:
+            self._todo.get()()
+
+    def turn_to(self, target: logging.Handler) -> None:
+        """From here on to another one; what came before goes where it should, unless that takes too long."""
+        done = threading.Event()
+        with contextlib.suppress(queue.Full):
+            self._todo.put(done.set, timeout=FLUSH_TIMEOUT)
+            done.wait(FLUSH_TIMEOUT)
+        self.target = target
+
+    def end(self) -> bool:
+        """Write what there is. False where that takes too long."""
+        with contextlib.suppress(queue.Full):
+            self._todo.put(self._stop, timeout=FLUSH_TIMEOUT)
+        self._thread.join(FLUSH_TIMEOUT)
+        return not self._thread.is_alive()
+
+    def _stop(self) -> None:
+        self._is_over = True
+
+
+@contextlib.contextmanager
+def in_thread() -> Iterator[None]:
+    """For as long as the block lasts, logging waits for no terminal, pipe or journal, whoever holds that up."""
+    root = logging.getLogger()
+    targets = root.handlers[:] or [logging.NullHandler()]
+    thread = _Thread(targets[0])
+    root.handlers = [thread]
+    try:
+        yield
+    finally:
+        root.handlers = [thread.target if thread.end() else logging.NullHandler()]
+
+
 def _use(handler: logging.Handler, level: int) -> None:
     root = logging.getLogger()
     for old in root.handlers[:]:
+        if isinstance(old, _Thread):
+            old.turn_to(handler)
+            break
         root.removeHandler(old)
         old.close()
-    root.addHandler(handler)
+    else:
+        root.addHandler(handler)
     root.setLevel(logging.WARNING)
     logging.getLogger("qfsbackup").setLevel(level)
 

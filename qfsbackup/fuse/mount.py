@@ -11,8 +11,8 @@ import logging
 import os
 import select
 import stat
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Set
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pyfuse3
@@ -24,9 +24,12 @@ from qfsbackup.fuse import _ops
 from qfsbackup.fuse.operations import Operations, Owner
 from qfsbackup.model import Sockets
 from qfsbackup.mounts import MOUNTINFO, detach_dead, find_mount, our_mounts
+from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.vm.holder import held_by
 
 log = logging.getLogger(__name__)
+
+TABLE_TIMEOUT = 10.0  # seconds for the table of mounts, and for a mountpoint
 
 
 @asynccontextmanager
@@ -39,17 +42,16 @@ async def mounted(
     lazily where a reader still holds a file open. Check the mountpoint first. Raises UserError where that fails.
     """
     unmounted = trio.Event()
-    mountpoint = mountpoint.resolve()  # noqa: ASYNC240  # once mounted it would ask ourselves, and wait for ever
+    mountpoint = await in_time(mountpoint.resolve, TABLE_TIMEOUT)  # once mounted it would ask ourselves
     operations = Operations(root, owner, sockets)
-    with _session(operations, mountpoint, source, owner):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_serve, operations, unmounted)
-            nursery.start_soon(_watch_mounts, mountpoint, unmounted)
-            log.info("mounted %s at %s", source, mountpoint)
-            try:
-                yield unmounted
-            finally:
-                nursery.cancel_scope.cancel()
+    async with _session(operations, mountpoint, source, owner), trio.open_nursery() as nursery:
+        nursery.start_soon(_serve, operations, unmounted)
+        nursery.start_soon(_watch_mounts, mountpoint, unmounted)
+        log.info("mounted %s at %s", source, mountpoint)
+        try:
+            yield unmounted
+        finally:
+            nursery.cancel_scope.cancel()
     log.info("unmounted %s", mountpoint)
 
 
@@ -64,19 +66,28 @@ async def _watch_mounts(mountpoint: Path, unmounted: trio.Event) -> None:
     The kernel ends the session only when the last copy of the mount is gone, and every mount namespace that was made
     meanwhile (a container, `unshare -m`) holds one: without this the VM would keep our filters for as long as it lives.
     """
-    ours = {mount.id for mount in our_mounts() if mount.mountpoint == mountpoint}
+    ours = await _mounts_at(mountpoint)
     if not ours:  # mounted where this process cannot see it: the session's end is all there is to wait for
         return
     with MOUNTINFO.open() as table, select.epoll() as changes:
         changes.register(table, select.EPOLLPRI)
-        while ours & {mount.id for mount in our_mounts()}:
+        while ours & await _mounts_at(None, instead=ours):
             await trio.lowlevel.wait_readable(changes.fileno())
             changes.poll(0)
     unmounted.set()
 
 
-@contextmanager
-def _session(operations: Operations, mountpoint: Path, source: str, owner: Owner) -> Iterator[None]:
+async def _mounts_at(mountpoint: Path | None, instead: Set[int] = frozenset()) -> Set[int]:
+    """The ids of our mounts there, or anywhere; `instead` where the kernel does not tell: it holds a lock meanwhile."""
+    try:
+        found = await in_time(our_mounts, TABLE_TIMEOUT)
+    except NoAnswerError:
+        return instead
+    return {mount.id for mount in found if mountpoint in (None, mount.mountpoint)}
+
+
+@asynccontextmanager
+async def _session(operations: Operations, mountpoint: Path, source: str, owner: Owner) -> AsyncIterator[None]:
     """libfuse's session. Nobody may answer a request once it is closed: libfuse has freed it."""
     try:
         pyfuse3.init(operations, str(mountpoint), _mount_options(source, owner))
@@ -86,13 +97,16 @@ def _session(operations: Operations, mountpoint: Path, source: str, owner: Owner
             "Mounting takes root and the fuse kernel module; the line above this one has libfuse's reason.",
             EXIT_SYSTEM,
         ) from None
-    ours = {mount.id for mount in our_mounts() if mount.mountpoint == mountpoint}
+    ours: Set[int] = frozenset()
     try:
+        ours = await _mounts_at(mountpoint)
         _check_table()
         yield
     finally:
+        with trio.CancelScope(shield=True):
+            still = await _mounts_at(None, instead=ours)
         # libfuse complains where somebody else has unmounted it already.
-        pyfuse3.close(unmount=not ours or not ours.isdisjoint(mount.id for mount in our_mounts()))
+        pyfuse3.close(unmount=not ours or bool(ours & still))
 
 
 def _check_table() -> None:

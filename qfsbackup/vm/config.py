@@ -7,8 +7,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.vm.qmp import Qmp, QmpRefusedError
 
+PROC_TIMEOUT = 5.0  # seconds
 QUERIES = {
     "version": "query-version",
     "name": "query-name",
@@ -37,7 +39,7 @@ async def config_files(qmp: Qmp) -> Mapping[str, bytes]:
     machine = await _machine_type(qmp)
     if machine:
         facts["machine-type"] = machine
-    command = _command_line(qmp.peer_pid)
+    command = await _command_line(qmp.peer_pid)
     if command:
         facts["command-line"] = command
     return {"qemu.json": json.dumps(facts, indent=2, sort_keys=True).encode() + b"\n"}
@@ -50,11 +52,10 @@ async def _machine_type(qmp: Qmp) -> object:
         return None
 
 
-def _command_line(pid: int) -> list[str]:
-    """The arguments of a process, empty where it cannot be seen."""
+async def _command_line(pid: int) -> list[str]:
+    """The arguments of a process, empty where it cannot be seen; reading them may wait for its memory (proc(5))."""
     try:
-        return (
-            Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0") if pid else []
-        )
-    except OSError:
+        content = await in_time(Path(f"/proc/{pid}/cmdline").read_bytes, PROC_TIMEOUT) if pid else b""
+    except (OSError, NoAnswerError):
         return []
+    return content.decode(errors="replace").rstrip("\0").split("\0") if content else []

@@ -15,17 +15,21 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import trio
 import trio_asyncio
 from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteError, QMPClient, Runstate, StateError
 
 from qfsbackup.errors import UserError
+from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.vm.holder import SECOND_SOCKET, held
 from qfsbackup.vm.socket_path import open_socket
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+LOOK_TIMEOUT = 10.0  # seconds for the file system of a socket, and for /proc
 
 HELD_TIMEOUT = 0.5  # seconds without a greeting, after which we look whether somebody else holds the socket
 GREETING_TIMEOUT = 5.0  # seconds; QEMU greets as soon as its main loop turns
@@ -162,7 +166,7 @@ async def connect(path: str | os.PathLike[str], on_gone: Callable[[str], None]) 
     Raises UserError where there is none to be had.
     """
     name = os.fspath(path)
-    with open_socket(name) as plain:
+    with await _in_time(name, partial(open_socket, name)) as plain:
         await _expect_greeting(plain, name)
         peer_pid = struct.unpack("3i", plain.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
         async with _asyncio_loop() as loop:
@@ -194,11 +198,19 @@ async def _asyncio_loop() -> AsyncIterator[asyncio.AbstractEventLoop]:
         raise error from error.__cause__
 
 
+async def _in_time(name: str, call: Callable[[], T]) -> T:
+    """Raises UserError where the file system, or /proc, does not answer."""
+    try:
+        return await in_time(call, LOOK_TIMEOUT)
+    except NoAnswerError:
+        raise UserError(f"looking at the QMP socket {name} takes too long", "Does its file system hang?") from None
+
+
 async def _expect_greeting(plain: socket.socket, name: str) -> None:
     """Look at what the server says first, without taking it off the socket."""
     start = await _first_words(plain, name, HELD_TIMEOUT)
     if not start:
-        busy = held(name)
+        busy = await _in_time(name, partial(held, name))
         if busy is not None:
             raise busy
         start = await _first_words(plain, name, GREETING_TIMEOUT)

@@ -2,16 +2,18 @@
 """What the log says: a line for each step of a mount's life, in the form that systemd reads; more with -v; on SIGUSR1
 where every task stands."""
 
+import fcntl
 import os
 import re
 import signal
 from pathlib import Path
 
 import pytest
+import trio
 
-from tests.e2e.support import idle_vm
+from tests.e2e.support import idle_vm, left_as_it_was
 from tests.faults.support import unmounted, until
-from tests.harness.mount import PROGRAM, aside, mounted, mounting
+from tests.harness.mount import PROGRAM, Mount, aside, mounted, mounting
 from tests.harness.qemu import Qemu
 from tests.harness.qmp_proxy import running_proxy
 
@@ -76,3 +78,22 @@ async def test_sigusr1_says_where_every_task_stands(qemu: Qemu, tmp_path: Path) 
         for task in ("watch_fleecing", "_serve", "receive", "_probe"):
             assert re.search(rf"task .*{task}", mount.process.log), task
         assert (await mount.status())["state"] == "ready"
+
+
+async def test_a_log_that_nobody_reads_holds_nobody_up(qemu: Qemu, tmp_path: Path) -> None:
+    """What -v says is more than its pipe takes."""
+    fifo, mountpoint = tmp_path / "fifo", tmp_path / "mnt"
+    os.mkfifo(fifo)
+    pipe = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+    fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, 4096)
+    try:
+        async with idle_vm(qemu, tmp_path) as vm, left_as_it_was(vm):
+            command = f"exec {PROGRAM} mount --foreground -v {vm.qmp} {mountpoint} -o fleece={tmp_path} 2> {fifo}"
+            async with mounting(["sh", "-c", command], mountpoint) as process:
+                assert (await Mount(mountpoint, process).status())["state"] == "ready"
+                process.terminate()
+                with trio.fail_after(20):
+                    assert await process.wait() == 0
+        assert len(os.read(pipe, 4096)) > 2048
+    finally:
+        os.close(pipe)

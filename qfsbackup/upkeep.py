@@ -24,6 +24,7 @@ from qfsbackup.vm.cleanup import cleanup, refuse_living
 from qfsbackup.vm.content import content_of
 from qfsbackup.vm.freeze import thaw_leftover
 from qfsbackup.vm.graph import Disk, Machine, look
+from qfsbackup.vm.left import left
 from qfsbackup.vm.leftovers import FOREIGN, bitmaps_of, remove_all, remove_leftovers, remove_marked
 from qfsbackup.vm.names import shifts
 from qfsbackup.vm.qmp import Qmp, QmpError, connect
@@ -101,6 +102,11 @@ async def _clean_up(options: Options, path: Path, qmp: Qmp) -> list[str]:
             found.append(await remove_leftovers(qmp, store.id(), generations))
     for outcome in found:
         done += [*outcome.removed, *(f"left alone: {line}" for line in outcome.left)]
+    stays = await left(qmp)
+    if stays:
+        raise UserError(
+            f"this cannot be removed from the VM: {', '.join(stays)}", "Something in QEMU uses it: end that."
+        )
     return done
 
 

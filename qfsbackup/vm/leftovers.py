@@ -34,6 +34,7 @@ class Found:
     target: str
     generation: str
     inconsistent: bool
+    busy: bool  # in use by an export or a job; it can be removed when that ends
 
     def __str__(self) -> str:
         return f"the bitmap {self.name} of {self.file or self.node}"
@@ -45,6 +46,7 @@ class Outcome:
 
     removed: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+    busy: set[str] = field(default_factory=set)  # generations of those left that can be removed later
 
 
 def bitmaps_of(nodes: Collection[Node]) -> Iterator[Found]:
@@ -54,7 +56,8 @@ def bitmaps_of(nodes: Collection[Node]) -> Iterator[Found]:
             match = NAME.fullmatch(_name(bitmap))
             if match:
                 inconsistent = bool(bitmap.get("inconsistent"))
-                yield Found(node.name, node.filename, match[0], match["target"], match["generation"], inconsistent)
+                generation, busy = match["generation"], bool(bitmap.get("busy"))
+                yield Found(node.name, node.filename, match[0], match["target"], generation, inconsistent, busy)
 
 
 def _name(bitmap: Mapping[str, Any]) -> str:
@@ -89,6 +92,8 @@ async def _remove(qmp: Qmp, bitmap: Found, outcome: Outcome) -> None:
         await remove_bitmap(qmp, bitmap)
     except QmpRefusedError as error:
         outcome.left.append(f"{bitmap}: QEMU does not remove it ({error.desc})")
+        if bitmap.busy:
+            outcome.busy.add(bitmap.generation)
     else:
         outcome.removed.append(f"removed {bitmap}")
 
@@ -101,13 +106,14 @@ async def remove_bitmap(qmp: Qmp, bitmap: Found) -> None:
 async def remove_marked(qmp: Qmp, committed: Callable[[], Awaitable[Collection[str]]]) -> Outcome:
     """Undo what a mount that died had begun to record: marks in QEMU say what. `committed`: all that was, by a store.
 
-    What is committed stays: the mount died after it was, and before the mark was removed.
+    What is committed stays: the mount died after it was, and before the mark was removed. The mark of what is in use
+    stays, too, so that it is tried again.
     """
     marked = {name.removeprefix(NEW) for name in await look_at_nodes(qmp) if name.startswith(NEW)}
     if not marked:
         return Outcome()
     dead = marked.difference(await committed())
     outcome = await remove_all(qmp, lambda bitmap: bitmap.generation in dead)
-    for generation in sorted(marked):
+    for generation in sorted(marked - outcome.busy):
         await remove_node(qmp, NEW + generation)
     return outcome

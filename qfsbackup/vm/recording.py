@@ -60,7 +60,7 @@ async def recording(qmp: Qmp, started: Started, state: Kept, *, in_image: bool) 
     finally:
         if not state.kept:
             await _remove(qmp, [(disk, name) for disk, point in started for name in (point.new, low_name(point.new))])
-            await _remove_marks(qmp, started)
+            await _remove_marks(qmp, await _not_in_use(qmp, started))
 
 
 async def _add(qmp: Qmp, disk: Disk, point: Checkpoint, all_set: Mapping[str, str], *, in_image: bool) -> str:
@@ -129,6 +129,15 @@ async def _remove(qmp: Qmp, bitmaps: Sequence[tuple[Disk, str]]) -> None:
                 found = (await look_at_nodes(qmp)).get(node)
                 if found is not None and find(found, name):
                     raise
+
+
+async def _not_in_use(qmp: Qmp, started: Started) -> Started:
+    """Those whose bitmaps are gone, or can never be removed; the marks of the others stay, for who tries again."""
+    with undoing("see whether the new bitmaps are gone"):
+        nodes = await look_at_nodes(qmp)
+        busy = {str(bitmap.get("name")) for node in nodes.values() for bitmap in node.bitmaps if bitmap.get("busy")}
+        return [(disk, point) for disk, point in started if not busy & {point.new, low_name(point.new)}]
+    return []
 
 
 async def _remove_marks(qmp: Qmp, started: Started) -> None:

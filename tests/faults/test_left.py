@@ -78,6 +78,25 @@ async def test_unmount_says_what_is_left_and_the_supervisor_takes_it_out(qemu: Q
         assert (again.code, again.stderr) == (0, "")
 
 
+async def test_a_bitmap_that_somebody_uses_is_not_left_for_ever(qemu: Qemu, tmp_path: Path) -> None:
+    """He exports the new bitmap of a mount that is not committed."""
+    directory, options = tmp_path / "mnt", f"fleece={tmp_path},target=nas,state={tmp_path}"
+    async with idle_vm(qemu, tmp_path) as vm:
+        line = [*PROGRAM, "mount", "--foreground", str(vm.qmp), str(directory), "-o", options]
+        run = vm.monitor.execute
+        async with mounting(line, directory, expected=[2]) as process:
+            nodes = {node["node-name"]: node for node in await run("query-named-block-nodes", flat=True)}
+            bitmaps = [bitmap["name"] for bitmap in nodes["vdb-node"]["dirty-bitmaps"] if bitmap["recording"]]
+            bitmap = {"node": "vdb-node", "name": next(name for name in bitmaps if name.startswith("qfsbackup-"))}
+            theirs = {"type": "nbd", "id": "theirs", "node-name": "vdb-node", "bitmaps": [bitmap]}
+            await run("block-export-add", theirs)
+            done = await qfsbackup("umount", directory)
+            done.refused(2, "uncommitted bitmaps")
+            async with ended([process.pid]):
+                await run("block-export-del", id="theirs", mode="hard")
+            await nothing_of_ours(vm)
+
+
 @pytest.mark.one_qemu
 async def test_run_says_what_is_left_and_does_not_wait(qemu: Qemu, tmp_path: Path) -> None:
     directory, fifo = tmp_path / "mnt", tmp_path / "fifo"

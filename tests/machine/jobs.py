@@ -39,7 +39,9 @@ class Jobs(Base):
         """All overlays go down into the first image."""
         slot = self.slot(number)
         assert slot
-        if not self.job("block-commit", device=self.root(slot)):
+        top = self.root(slot)
+        if not self.job("block-commit", device=top):
+            self.world.refused("blockdev-del", node_name=top)  # it may be gone already, or not be ours to remove
             slot.image = replace(slot.image, top="base", format=slot.image.base)
             self.disturb()
 

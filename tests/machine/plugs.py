@@ -31,7 +31,7 @@ class Plugs(Base):
         slot.plugged = False
 
     @rule(number=st.integers(0, 1), name=st.sampled_from(IDS))
-    @precondition(lambda self: not self.mounted and not self.dead)
+    @precondition(lambda self: not self.mounted and not self.dead and not self.jobs)
     def plug(self, number: int, name: str) -> None:
         missing = [slot for slot in self.world.slots if not slot.plugged]
         if not missing or name in [slot.id for slot in self.world.plugged]:
@@ -48,7 +48,7 @@ class Plugs(Base):
 
     @rule()
     @precondition(lambda self: not self.mounted and not self.dead and len(self.world.plugged) == 2)
-    @precondition(lambda self: self.world.flavour == "blockdev")
+    @precondition(lambda self: self.world.flavour == "blockdev" and not self.jobs)
     def plug_crosswise(self) -> None:
         """Two disks, each under the other's name, and QEMU runs on."""
         one, other = self.world.slots

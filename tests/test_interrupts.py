@@ -84,6 +84,16 @@ async def test_ctrl_c_leaves_nothing(
 
 
 @pytest.mark.one_qemu
+async def test_ctrl_c_while_the_command_of_run_works_is_for_the_command(vm: Vm, directory: Path) -> None:
+    """It comes from the command here; to the whole process group, as from a terminal."""
+    async with left_as_it_was(vm), taken_away(directory, vm.qmp):
+        words = ["sh", "-c", "kill -INT 0; sleep 600"]
+        done = await Pressed([PROGRAM, "run", vm.qmp, "--mountpoint", directory, "--", *words]).end()
+        assert (done.code, "the command ended with status 130 (SIGINT)" in done.stderr) == (130, True), done
+        assert not is_mounted(directory)
+
+
+@pytest.mark.one_qemu
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 async def test_another_end_of_the_command_that_waits_for_a_mount_leaves_nothing_either(
     vm: Vm, directory: Path, tmp_path: Path, number: signal.Signals
@@ -146,13 +156,14 @@ async def test_ctrl_c_before_python_is_there_waits_for_it() -> None:
 
 
 @pytest.mark.one_qemu
-async def test_ctrl_c_takes_a_half_restored_image_away(vm: Vm, directory: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("image", ["vda.raw", "vda.qcow2"])
+async def test_ctrl_c_takes_a_half_restored_image_away(vm: Vm, directory: Path, tmp_path: Path, image: str) -> None:
     """From a mount that gives its bytes slowly."""
     await guest_io(vm, "vda", "write -P 5 0 4M")
     output = tmp_path / "restored"
     output.mkdir()
     async with mounted(vm.qmp, directory, "bwlimit=1M,disks=vda"):
-        restore = Pressed([PROGRAM, "restore", directory / "chunks/vda", output / "vda.raw"])
+        restore = Pressed([PROGRAM, "restore", directory / "chunks/vda", output / image])
 
         async def begun() -> bool:
             return bool(await aside(os.listdir, output))

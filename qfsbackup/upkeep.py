@@ -127,7 +127,7 @@ def _others(machine: Machine, store: Store | None) -> list[str]:
     return [
         f"{bitmap.target}  {bitmap}: {'of no use' if store and bitmap.generation.startswith(store.id()) else FOREIGN}"
         for bitmap in bitmaps_of(machine.nodes.values())
-        if bitmap.generation not in known
+        if bitmap.generation not in known and not bitmap.companion
     ]
 
 

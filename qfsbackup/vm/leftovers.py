@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qfsbackup.vm.bitmaps import NAME
+from qfsbackup.vm.bitmaps import NAME, bitmap_name, low_name
 from qfsbackup.vm.graph import Node, look_at_nodes
 from qfsbackup.vm.node import remove_node
 from qfsbackup.vm.owner import NEW
@@ -36,6 +36,11 @@ class Found:
     inconsistent: bool
     busy: bool  # in use by an export or a job; it can be removed when that ends
 
+    @property
+    def companion(self) -> bool:
+        """Does it only stand beside another one, so that nobody need be told of it."""
+        return self.name == low_name(bitmap_name(self.target, self.generation))
+
     def __str__(self) -> str:
         return f"the bitmap {self.name} of {self.file or self.node}"
 
@@ -46,6 +51,12 @@ class Outcome:
 
     removed: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
+
+    def leave(self, bitmap: Found, reason: str) -> None:
+        """Note that it was left."""
+        if not bitmap.companion:
+            self.left.append(f"{bitmap}: {reason}")
+
     busy: set[str] = field(default_factory=set)  # generations of those left that can be removed later
 
 
@@ -72,7 +83,7 @@ async def remove_leftovers(qmp: Qmp, store: str, committed: Collection[str]) -> 
     outcome = Outcome()
     for bitmap in bitmaps_of((await look_at_nodes(qmp)).values()):
         if not bitmap.generation.startswith(store):
-            outcome.left.append(f"{bitmap}: {FOREIGN}")
+            outcome.leave(bitmap, FOREIGN)
         elif bitmap.generation not in committed or bitmap.inconsistent:
             await _remove(qmp, bitmap, outcome)
     return outcome
@@ -91,7 +102,7 @@ async def _remove(qmp: Qmp, bitmap: Found, outcome: Outcome) -> None:
     try:
         await remove_bitmap(qmp, bitmap)
     except QmpRefusedError as error:
-        outcome.left.append(f"{bitmap}: QEMU does not remove it ({error.desc})")
+        outcome.leave(bitmap, f"QEMU does not remove it ({error.desc})")
         if bitmap.busy:
             outcome.busy.add(bitmap.generation)
     else:

@@ -12,7 +12,9 @@ import fcntl
 import os
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.vm.content import LOOK_TIMEOUT, image_path
@@ -50,8 +52,19 @@ def forbids_writers(path: str) -> bool | None:
     try:
         wanted = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, OTHERS_MUST_NOT_WRITE, 1, 0)
         found: int = struct.unpack(FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, wanted))[0]
+        if found != fcntl.F_UNLCK:
+            return True
+        return False if _is_open(os.fstat(descriptor)) else None
     except OSError:  # a file system without locks
         return None
     finally:
         os.close(descriptor)
-    return found != fcntl.F_UNLCK
+
+
+def _is_open(file: os.stat_result) -> bool:
+    """Has any other process this file open: else the path names another one for QEMU, or has been given to another."""
+    for path in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # it was closed just now, or is not for us to see
+            if path.parts[2] != str(os.getpid()) and os.path.samestat(path.stat(), file):
+                return True
+    return False

@@ -10,7 +10,7 @@ import pytest
 from qfsbackup.errors import UserError
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu, run_img
-from tests.harness.vm import running_vm
+from tests.harness.vm import Vm, running_vm
 from tests.vm.checkpoints import NEW, OLD, SIZE, committed, names, source
 from tests.vm.support import held, make_source
 
@@ -86,3 +86,14 @@ async def test_one_image_behind_two_devices_is_refused_with_both_their_names(qem
         async with make_source(vm, tmp_path, exclude=["one", "two"]).snapshot() as snapshot:
             assert [export.disk for export in snapshot.exports] == ["vda"]
         assert await held(vm) == before
+
+
+async def test_another_file_in_the_images_place_tells_nothing(paused_vm: Vm, tmp_path: Path) -> None:
+    """QEMU has the one that was there; nobody has locked this one."""
+    (tmp_path / "vda.raw").rename(tmp_path / "moved")
+    (tmp_path / "vda.raw").write_bytes((tmp_path / "moved").read_bytes())
+    async with source(paused_vm, tmp_path, OLD).snapshot() as snapshot:
+        assert {export.disk: export.bitmap_reason.partition(" of ")[0] for export in snapshot.exports} == {
+            "vda": "no backup",
+            "vdb": "no backup",
+        }

@@ -30,8 +30,9 @@ class LeftNote:
         self._path = RUNTIME / f"{LEFT}{pid}"
 
     def write(self, text: str) -> None:
-        """Raises OSError."""
-        self._path.write_text(text)
+        """What cannot be written is in the log."""
+        with suppress(OSError):
+            self._path.write_text(text)
 
     def read(self) -> str:
         """Empty where there is none."""

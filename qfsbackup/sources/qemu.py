@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 NBD_SOCKET = "nbd.sock"
 FROZEN_NOTE = "frozen"  # see runtime
-AGAIN_TIMEOUT = 60.0  # seconds
+AGAIN_TIMEOUT = 30.0  # seconds; the supervisor does not wait much longer for us
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

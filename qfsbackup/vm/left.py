@@ -7,11 +7,11 @@ does so because somebody else uses it (a backup or mirror job that began on our 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from qfsbackup.vm.fleecing import FDSET
-from qfsbackup.vm.graph import Node, look_at_nodes
+from qfsbackup.vm.graph import Graph, look_at_graph
 from qfsbackup.vm.owner import FROZEN, LINE, NEW, PREFIX, line_holds
 from qfsbackup.vm.qmp import Qmp
 
@@ -19,10 +19,13 @@ KEEPS_FDSETS_BEFORE = (9, 0, 0)  # a VM that does not run keeps removed fdsets (
 
 
 async def left(qmp: Qmp) -> list[str]:
-    """Every node, export, character device and fdset of ours, with who uses it. Raises QmpError."""
-    nodes = await look_at_nodes(qmp)
+    """Every node, export, character device and fdset of ours, with who uses it. Raises QmpError.
+
+    Names alone: to tell more of a fleecing file QEMU asks its file system, and would hang with that.
+    """
+    graph = await look_at_graph(qmp)
     exports = [export["id"] for export in await qmp.execute("query-block-exports")]
-    found = [_describe(node, nodes) for name, node in sorted(nodes.items()) if name.startswith(PREFIX)]
+    found = [_describe(name, graph) for name in sorted(graph.children) if name.startswith(PREFIX)]
     found += [f"the export {name}" for name in exports if name.startswith(PREFIX)]
     if await line_holds(qmp) is not None:
         found.append(f"the character device {LINE}")
@@ -45,17 +48,18 @@ async def _forgets_fdsets(qmp: Qmp) -> bool:
     return new or bool((await qmp.execute("query-status"))["running"])
 
 
-def _describe(node: Node, nodes: Mapping[str, Node]) -> str:
-    if node.name.startswith(NEW):
-        return f"uncommitted bitmaps ({node.name})"
-    if node.name == FROZEN:
-        return f"file systems that may be frozen ({FROZEN})"
-    users = [f"block job {job}" for job in node.jobs] or _above(node.name, nodes)
-    return f"{node.name} (used by {', '.join(users)})" if users else node.name
+def _describe(name: str, graph: Graph) -> str:
+    if name.startswith(NEW):
+        return f"uncommitted bitmaps ({name})"
+    if name == FROZEN:
+        return f"file systems that may be frozen ({name})"
+    users = _users(name, graph)
+    return f"{name} (used by {', '.join(users)})" if users else name
 
 
-def _above(name: str, nodes: Mapping[str, Node]) -> Sequence[str]:
-    """Nodes of others that stand on this one."""
-    return [
-        other.name for other in nodes.values() if name in other.children.values() and not other.name.startswith(PREFIX)
-    ]
+def _users(name: str, graph: Graph) -> list[str]:
+    """The jobs at work on this node or on what others have put on it, else these nodes."""
+    above = [other for other, children in graph.children.items() if name in children.values()]
+    others = [other for other in above if not other.startswith(PREFIX)]
+    jobs = sorted({job for job, node in graph.jobs if node in (name, *others)})
+    return [f"block job {job}" for job in jobs] or others

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from qfsbackup.notify import notify
+from qfsbackup.notify import more_time, notify
 from tests.e2e.support import left_as_it_was
 from tests.faults.support import ended, said
 from tests.harness.mount import PROGRAM, Mount, is_mounted, mounted, mounting
@@ -119,6 +119,13 @@ async def test_systemd_hears_that_it_lives_and_that_it_ends(vm: Vm, directory: P
             pass
         with trio.fail_after(30):
             assert await process.wait() == 0
+
+
+async def test_systemd_is_asked_for_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with notified() as (systemd, environment):
+        monkeypatch.setenv("NOTIFY_SOCKET", environment["NOTIFY_SOCKET"])
+        more_time(1.5)
+        assert await systemd.next() == "EXTEND_TIMEOUT_USEC=1500000"
 
 
 def test_a_systemd_that_does_not_listen_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

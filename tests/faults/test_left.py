@@ -78,6 +78,24 @@ async def test_unmount_says_what_is_left_and_the_supervisor_takes_it_out(qemu: Q
         assert (again.code, again.stderr) == (0, "")
 
 
+@pytest.mark.one_qemu
+async def test_sigterm_ends_the_trying_and_cleanup_does_the_rest(qemu: Qemu, tmp_path: Path) -> None:
+    directory = tmp_path / "mnt"
+    async with idle_vm(qemu, tmp_path) as vm, left_as_it_was(vm):
+        line = [*PROGRAM, "mount", "--foreground", str(vm.qmp), str(directory), "-o", f"fleece={tmp_path}"]
+        async with mounting(line, directory, expected=[2]) as process:
+            await begin_backup(vm)
+            (await qfsbackup("umount", directory)).refused(2, LEFT)
+            async with ended([process.pid]):
+                process.terminate()
+            assert f"giving up; then: qfsbackup cleanup {vm.qmp}" in process.log
+        done = await qfsbackup("cleanup", vm.qmp)
+        assert done.code == 32
+        assert LEFT in done.stderr.splitlines()[-2]
+        await end_backup(vm)
+        assert (await qfsbackup("cleanup", vm.qmp)).code == 0
+
+
 async def test_a_bitmap_that_somebody_uses_is_not_left_for_ever(qemu: Qemu, tmp_path: Path) -> None:
     """He exports the new bitmap of a mount that is not committed."""
     directory, options = tmp_path / "mnt", f"fleece={tmp_path},target=nas,state={tmp_path}"

@@ -19,7 +19,7 @@ from pathlib import Path
 from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.ranges import RangeSet
 from qfsbackup.status import FleecingLook
-from qfsbackup.vm.fleecing_folder import CLOSE_TIMEOUT, FleecingFolder, create, files_of, free_space
+from qfsbackup.vm.fleecing_folder import CLOSE_TIMEOUT, FleecingFolder, answers, create, files_of, free_space
 from qfsbackup.vm.node import node, undoing
 from qfsbackup.vm.owner import PREFIX
 from qfsbackup.vm.qmp import Qmp
@@ -112,6 +112,16 @@ async def fleecing_file(qmp: Qmp, folder: FleecingFolder, node_name: str, size: 
             options = {"driver": "file", "filename": f"/dev/fdset/{number}", "discard": "unmap"}
             await stack.enter_async_context(node(qmp, {**options, "node-name": node_name}))
         yield file
+
+
+@asynccontextmanager
+async def left_while_hanging(qmp: Qmp, files: Mapping[int, FleecingFile]) -> AsyncIterator[None]:
+    """Where the files do not answer at the end of the block, QEMU is asked for nothing any more: see the folder."""
+    try:
+        yield
+    finally:
+        if not await answers([file.path for file in list(files.values())[:1]]):  # all are in one file system
+            qmp.leave("the fleecing files' file system does not answer, and QEMU would hang with it")
 
 
 @asynccontextmanager

@@ -25,8 +25,8 @@ import trio
 from qfsbackup.errors import UserError
 from qfsbackup.model import CLUSTER
 from qfsbackup.vm.bitmaps import Checkpoint
-from qfsbackup.vm.fleecing import FleecingFile, fleecing_file
-from qfsbackup.vm.fleecing_folder import FleecingFolder, answers
+from qfsbackup.vm.fleecing import FleecingFile, fleecing_file, left_while_hanging
+from qfsbackup.vm.fleecing_folder import FleecingFolder
 from qfsbackup.vm.freeze import Freeze, Frozen, StillFrozenError, frozen
 from qfsbackup.vm.graph import Disk, Machine
 from qfsbackup.vm.node import node, put_in, remove_node, take_out
@@ -91,10 +91,10 @@ async def take(
     writable = {number: disk for number, disk in enumerate(disks) if not disk.root.read_only}
     folder = FleecingFolder(fleece)
     await folder.check_space(len(writable))
-    async with AsyncExitStack() as stack:
+    files: dict[int, FleecingFile] = {}
+    async with AsyncExitStack() as stack, left_while_hanging(qmp, files):
         await stack.enter_async_context(owned(qmp))
         listener = stack.enter_context(listening_socket(socket_path))
-        files = {}
         for number, disk in writable.items():
             file = fleecing_file(qmp, folder, f"{FLEECING}{number}", disk.root.size)
             files[number] = await stack.enter_async_context(file)
@@ -117,11 +117,7 @@ async def take(
             for number, disk in enumerate(disks)
         )
         keeping = partial(keep, qmp, kept, started)
-        try:
-            yield Taken(moment.instant, moment.held, moment.pause.milliseconds, served, keeping)
-        finally:
-            if not await answers([file.path for file in list(files.values())[:1]]):
-                qmp.leave("the fleecing files' file system does not answer, and QEMU would hang with it")
+        yield Taken(moment.instant, moment.held, moment.pause.milliseconds, served, keeping)
 
 
 def _served(

@@ -80,7 +80,8 @@ async def take_out(qmp: Qmp, filters: Collection[str]) -> None:
         given: dict[str, _Given] = {}
         refusal = None
         for _ in range(TRIES):
-            wrong = _wrong(await look_at_graph(qmp), filters, given)
+            found = _wrong(await look_at_graph(qmp), filters, given)
+            wrong = {backend: what for backend, what in found.items() if backend in paths}  # an export has one, too
             if not wrong:
                 return
             given |= wrong

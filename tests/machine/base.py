@@ -197,8 +197,8 @@ class Base(RuleBasedStateMachine):
             assert self.bitmaps() <= mounted.bitmaps
         elif not mounted.disturbed:
             assert mounted.target
-            reused = {disk["name"] for disk in mounted.facts["disks"] if disk["bitmap"] == "reuse"}
-            roots = {self.root(slot) for slot in self.world.plugged if self.world.name(slot) in reused}
+            begun = {disk["name"] for disk in mounted.facts["disks"] if disk["generation"]}
+            roots = {self.root(slot) for slot in self.world.plugged if self.world.name(slot) in begun}
             found = checkpoints(self.world, mounted.target, writable=True)
             stale = {name for root in roots for name in found.get(root, set()) & mounted.bitmaps}
             assert not stale, f"not the last commit's, and still there: {stale}"

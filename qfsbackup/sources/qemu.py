@@ -22,7 +22,7 @@ from qfsbackup.vm.cleanup import cleanup
 from qfsbackup.vm.config import config_files
 from qfsbackup.vm.fleecing import look_at
 from qfsbackup.vm.freeze import Freeze
-from qfsbackup.vm.graph import Machine, look
+from qfsbackup.vm.graph import Machine, look, look_at_nodes
 from qfsbackup.vm.left import left
 from qfsbackup.vm.leftovers import bitmaps_of, remove_bitmap, remove_leftovers, remove_marked
 from qfsbackup.vm.node import undoing
@@ -62,11 +62,12 @@ class QemuSource:
         `status.unrestored` says at the end what could not be undone.
         """
         qmp: Qmp | None = None
+        uncommitted: set[str] = set()  # generations that were begun
         try:
             async with AsyncExitStack() as stack:
                 try:
                     qmp = await stack.enter_async_context(connect(self.socket, on_gone=self._gone))
-                    snapshot = await self._snapshot(qmp, stack)
+                    snapshot = await self._snapshot(qmp, stack, uncommitted)
                 except QmpError as error:
                     raise UserError(
                         f"QEMU does not give a snapshot: {error}", "The VM is as it was; look at its log and its state."
@@ -78,29 +79,34 @@ class QemuSource:
                 self.status.unrestored = qmp.gone
                 log.error("the VM is left with our filters for now: %s", qmp.gone)
             elif self.status.vm_gone or (qmp is not None and qmp.hung):
-                await self._clean_up_again()
+                await self._clean_up_again(uncommitted)
 
     @asynccontextmanager
-    async def _seeing_what_is_left(self, qmp: Qmp) -> AsyncIterator[None]:
-        """After all that the block makes is undone, ask QEMU whether that is so."""
+    async def _seeing_what_is_left(self, qmp: Qmp, uncommitted: Collection[str]) -> AsyncIterator[None]:
+        """After all that the block makes is undone, ask QEMU whether that is so, also of these generations' bitmaps."""
         try:
             yield
         finally:
             with trio.CancelScope(shield=True):
                 try:
                     self.status.unrestored = ", ".join(await left(qmp)) or None
+                    await self._tell_what_is_left(qmp, uncommitted)
                 except QmpError as error:
                     log.debug("QEMU cannot be asked what is left: %s", error)
-                else:
-                    self._tell_what_is_left()
 
-    def _tell_what_is_left(self) -> None:
+    async def _tell_what_is_left(self, qmp: Qmp, uncommitted: Collection[str]) -> None:
+        """What QEMU will never remove, from an image that became read-only, is named; trying again would not help."""
         if self.status.unrestored:
             log.error("left in the VM: %s", self.status.unrestored)
+            return
+        nodes = (await look_at_nodes(qmp)).values()
+        stays = [str(one) for one in bitmaps_of(nodes) if one.generation in uncommitted and not one.companion]
+        if stays:
+            log.warning("QEMU is as it was, but for what it does not remove: %s", ", ".join(stays))
         else:
             log.info("QEMU is as it was")
 
-    async def _clean_up_again(self) -> None:
+    async def _clean_up_again(self, uncommitted: Collection[str]) -> None:
         """Where there was no answer, nothing could be undone; QEMU may be alive all the same."""
         self.status.unrestored = "QEMU does not answer" if listens(self.socket) else None
         with trio.move_on_after(AGAIN_TIMEOUT, shield=True):
@@ -110,11 +116,11 @@ class QemuSource:
                         log.warning("after the connection to QEMU was lost: %s", undone)
                     await self._remove_marked(qmp, await look(qmp))
                     self.status.unrestored = ", ".join(await left(qmp)) or None
-                    self._tell_what_is_left()
+                    await self._tell_what_is_left(qmp, uncommitted)
             except (UserError, QmpError) as error:
                 log.debug("nothing can be undone: %s", error)
 
-    async def _snapshot(self, qmp: Qmp, stack: AsyncExitStack) -> Snapshot:
+    async def _snapshot(self, qmp: Qmp, stack: AsyncExitStack, uncommitted: set[str]) -> Snapshot:
         for undone in await cleanup(qmp, self.agent):
             log.warning("left by an earlier snapshot: %s", undone)
         machine = await look(qmp)
@@ -126,21 +132,25 @@ class QemuSource:
         refuse_disks(machine, chosen)
         config = await config_files(qmp)
         target = self.checkpoint.target if self.checkpoint else None
+        checkpoints = await starting_points(qmp, machine, chosen, target, known, str(self.socket))
+        uncommitted.update(point.generation for point in checkpoints.values())
         taking = take(
             qmp,
             machine,
             chosen,
-            checkpoints=await starting_points(qmp, machine, chosen, target, known, str(self.socket)),
+            checkpoints=checkpoints,
             in_image=self.checkpoint is None or self.checkpoint.in_image,
             fleece=self.fleece,
             socket_path=self.runtime / NBD_SOCKET,
             freeze=Freeze(self.freeze, self.agent, self.runtime / FROZEN_NOTE),
         )
-        await stack.enter_async_context(self._seeing_what_is_left(qmp))
+        await stack.enter_async_context(self._seeing_what_is_left(qmp, uncommitted))
         taken = await stack.enter_async_context(taking)
         self._count(taken)
         snapshot = self._facts(machine, taken, config)
-        return replace(snapshot, keep=partial(self._keep, qmp, machine, taken, known)) if known else snapshot
+        return (
+            replace(snapshot, keep=partial(self._keep, qmp, machine, taken, known, uncommitted)) if known else snapshot
+        )
 
     async def _remove_marked(self, qmp: Qmp, machine: Machine) -> None:
         if self.committed:
@@ -154,8 +164,9 @@ class QemuSource:
         report(await remove_leftovers(qmp, known.store, known.committed))
         return known
 
-    async def _keep(self, qmp: Qmp, machine: Machine, taken: Taken, known: Known) -> None:
+    async def _keep(self, qmp: Qmp, machine: Machine, taken: Taken, known: Known, uncommitted: set[str]) -> None:
         """Bases that were replaced go, also from where they are now, should disks have changed their names."""
+        uncommitted.clear()
         await taken.keep()
         points = {served.disk.name: served.checkpoint for served in taken.served if served.checkpoint}
         replaced = {base.generation for name, base in known.bases.items() if name in points}

@@ -133,6 +133,25 @@ async def test_a_detached_image_is_rid_of_what_is_of_no_use(qemu: Qemu, tmp_path
         assert (deleted.code, await lab.bitmaps()) == (0, set()), deleted
 
 
+async def test_what_stays_in_an_image_that_became_read_only_is_not_called_as_it_was(
+    qemu: Qemu, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An external snapshot during a mount that is not committed: QEMU does not remove the new bitmap any more."""
+    caplog.set_level(logging.INFO)
+    async with chain_lab(qemu, tmp_path) as lab:
+        await lab.image("vda")
+        await lab.boot([qcow2(lab, "vda", "vda")])
+        async with (
+            open_chain("nas", lab.folder, CHUNK, in_image=True) as chain,
+            lab.source(checkpoint=chain.request).snapshot() as snapshot,
+        ):
+            await an_external_snapshot(lab)
+        name = f"{PREFIX}nas-{snapshot.exports[0].generation}"
+        assert {bitmap.removesuffix(".low") for bitmap in await lab.bitmaps()} == {name}
+        assert any(f"but for what it does not remove: the bitmap {name} of " in line for line in caplog.messages)
+        assert "QEMU is as it was" not in caplog.messages
+
+
 # ---- whose they are ----
 
 

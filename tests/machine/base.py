@@ -194,7 +194,11 @@ class Base(RuleBasedStateMachine):
         if mounted.gone:
             return
         if not mounted.committed:
-            assert self.bitmaps() <= mounted.bitmaps
+            added, log = self.bitmaps() - mounted.bitmaps, mounted.command.err.read_text()
+            found = checkpoints(self.world, writable=True) if added else {}
+            assert added.isdisjoint(name for names in found.values() for name in names), (added, log)
+            named = log.partition("but for what it does not remove: ")[2]  # an image that became read-only meanwhile
+            assert all(name.removesuffix(".low") in named for name in added), (added, log)
         elif not mounted.disturbed:
             assert mounted.target
             begun = {disk["name"] for disk in mounted.facts["disks"] if disk["generation"]}

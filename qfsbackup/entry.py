@@ -25,7 +25,7 @@ def _call(name: str) -> int:
     if interrupt is signal.default_int_handler:  # else it is ignored
         signal.signal(signal.SIGINT, _interrupted)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # `./run install` starts us with it blocked
-    from qfsbackup import cli  # loads all that a command needs
+    from qfsbackup.cli import main as cli  # loads all that a command needs
 
     signal.signal(signal.SIGINT, interrupt)
     code: int = getattr(cli, name)()

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from qfsbackup.errors import EXIT_USAGE, UserError
+from qfsbackup.facts import CLUSTER
 from qfsbackup.fs.grid import is_chunk_size
-from qfsbackup.model import CLUSTER
 from qfsbackup.sources.uri import is_nbd_uri
 from qfsbackup.state.files import FOLDER
 

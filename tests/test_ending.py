@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from qfsbackup.notify import more_time, notify
+from qfsbackup.mount.notify import more_time, notify
 from tests.e2e.support import left_as_it_was
 from tests.faults.support import ended, said
 from tests.harness.mount import PROGRAM, Mount, is_mounted, mounted, mounting
@@ -22,7 +22,9 @@ from tests.harness.vm import Vm
 pytestmark = pytest.mark.one_qemu
 
 # The real command, with one second instead of a minute.
-IMPATIENT = "import qfsbackup.supervisor as s, sys; s.PATIENCE = 1; from qfsbackup.cli import main; sys.exit(main())"
+IMPATIENT = (
+    "import qfsbackup.mount.supervisor as s, sys; s.PATIENCE = 1; from qfsbackup.cli.main import main; sys.exit(main())"
+)
 
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGQUIT], ids=lambda number: number.name)

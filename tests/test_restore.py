@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qfsbackup.commands.chunk_set import find_chunks
-from qfsbackup.commands.restore import restore
 from qfsbackup.errors import UserError
 from qfsbackup.fs.chunks import chunk_path
+from qfsbackup.restore.chunk_set import find_chunks
+from qfsbackup.restore.restore import restore
 from tests.harness.chunk_set import CHUNK, cut, describe, make_content
 from tests.harness.files import allocated
 

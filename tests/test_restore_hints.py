@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from qfsbackup.commands.restore import restore
 from qfsbackup.errors import UserError
+from qfsbackup.restore.restore import restore
 from tests.harness.chunk_set import CHUNK, cut, describe
 
 MISTAKES = {  # what is restored, to where: words of both lines

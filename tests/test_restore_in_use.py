@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from qfsbackup import mounts
-from qfsbackup.commands import in_use
-from qfsbackup.commands.restore import restore
 from qfsbackup.errors import UserError
+from qfsbackup.restore import in_use
+from qfsbackup.restore.restore import restore
 from tests.harness.chunk_set import CHUNK
 from tests.harness.disk import MIB
 from tests.harness.files import loop_device

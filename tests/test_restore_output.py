@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qfsbackup.commands.restore import restore
 from qfsbackup.errors import UserError
+from qfsbackup.restore.restore import restore
 from tests.harness.chunk_set import CHUNK
 from tests.harness.files import loop_device
 
@@ -70,7 +70,7 @@ def test_the_format_can_be_named(chunks: Path, tmp_path: Path) -> None:
 
 def test_a_terminal_shows_a_bar(chunks: Path, tmp_path: Path) -> None:
     program = (
-        "import sys, pathlib\nfrom qfsbackup.commands.restore import restore\nrestore(*map(pathlib.Path, sys.argv[1:]))"
+        "import sys, pathlib\nfrom qfsbackup.restore.restore import restore\nrestore(*map(pathlib.Path, sys.argv[1:]))"
     )
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm"}

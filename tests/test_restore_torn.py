@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qfsbackup.commands.restore import restore
 from qfsbackup.errors import UserError
 from qfsbackup.fs.chunk_times import SECOND, pack, unpack
 from qfsbackup.fs.chunks import chunk_path
+from qfsbackup.restore.restore import restore
 from tests.harness.chunk_set import CHUNK, describe
 
 TIMES = [1_700_000_000, 1_700_086_400, 1_700_086_400, 1_700_000_000, 1_700_172_800]

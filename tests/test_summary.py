@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qfsbackup.commands.summary import outcome, summarize
+from qfsbackup.cli.summary import outcome, summarize
 
 
 def disk(**changes: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qfsbackup.watch import TREND, Trend
+from qfsbackup.mount.watch import TREND, Trend
 
 
 @given(st.integers(0, 1 << 40), st.integers(0, 1 << 30), st.integers(1, 300))

@@ -20,13 +20,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from qfsbackup.contracts import Answer
 from qfsbackup.errors import FsError
+from qfsbackup.facts import Buffer
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.grid import Grid, count
 from qfsbackup.fs.inodes import Kind, inode
 from qfsbackup.fs.node import Attributes, Handle, blocks
 from qfsbackup.fs.window import Window
-from qfsbackup.model import Answer, Buffer
 from qfsbackup.ranges import RangeSet
 
 A_FOLDER = 256  # chunks

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from qfsbackup.facts import Export, Snapshot
 from qfsbackup.fs import chunk_times
 from qfsbackup.fs.control import Words
 from qfsbackup.fs.grid import Grid
 from qfsbackup.fs.names import file_name
-from qfsbackup.model import Export, Snapshot
 
 SECOND = 10**9  # nanoseconds
 

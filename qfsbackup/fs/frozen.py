@@ -22,8 +22,9 @@ from functools import partial
 
 import trio
 
+from qfsbackup.contracts import Answer, Disk, ShortRead
 from qfsbackup.errors import FsError
-from qfsbackup.model import CLUSTER, Answer, Buffer, Disk, ShortRead
+from qfsbackup.facts import CLUSTER, Buffer
 from qfsbackup.ranges import RangeSet
 from qfsbackup.status import DiskStatus, Status
 
@@ -55,11 +56,11 @@ class FrozenDisk:
 
     @property
     def short_cut(self) -> ShortRead | None:
-        """See model.Disk."""
+        """See contracts.Disk."""
         return self._disk.short_cut
 
     def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
-        """See model.Disk: where all is data, or all is zeros."""
+        """See contracts.Disk: where all is data, or all is zeros."""
         end = offset + length
         if self._status.broken or self._released.overlaps(offset, end):
             return False

@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
 from itertools import accumulate
 
+from qfsbackup.contracts import Answer
 from qfsbackup.errors import FsError
 from qfsbackup.fs.node import Attributes, blocks, seek_solid
-from qfsbackup.model import Answer
 from qfsbackup.ranges import RangeSet
 
 PAGE = 1024  # extents

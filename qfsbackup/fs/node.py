@@ -12,8 +12,9 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+from qfsbackup.contracts import Answer
 from qfsbackup.errors import FsError
-from qfsbackup.model import Answer, Buffer
+from qfsbackup.facts import Buffer
 
 
 class Attributes(NamedTuple):
@@ -33,7 +34,7 @@ class Handle(Protocol):
     """An open file."""
 
     def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
-        """As `read`, without a task, where that can be done; see model.Disk."""
+        """As `read`, without a task, where that can be done; see contracts.Disk."""
         ...
 
     async def read(self, offset: int, length: int) -> Buffer:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
+from qfsbackup.contracts import Answer
 from qfsbackup.errors import FsError
 from qfsbackup.fs.node import Attributes, blocks, seek_solid
-from qfsbackup.model import Answer
 
 
 class Text:

@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from qfsbackup.facts import Snapshot
 from qfsbackup.fs import maps
 from qfsbackup.fs.chunks import ChunkedDisk
 from qfsbackup.fs.control import ControlFile
@@ -27,7 +28,6 @@ from qfsbackup.fs.names import file_name
 from qfsbackup.fs.node import File, Node
 from qfsbackup.fs.text import FixedFile, LiveFile
 from qfsbackup.fs.window import Window
-from qfsbackup.model import Snapshot
 from qfsbackup.ranges import RangeSet
 from qfsbackup.status import Status
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 import errno
 import os
 
+from qfsbackup.contracts import Answer, ShortRead
 from qfsbackup.errors import FsError
+from qfsbackup.facts import Buffer
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.node import Attributes, blocks
-from qfsbackup.model import Answer, Buffer, ShortRead
 
 
 class Window:

@@ -19,10 +19,10 @@ import pyfuse3
 import trio
 
 from qfsbackup.errors import EXIT_SYSTEM, UserError
+from qfsbackup.facts import Sockets
 from qfsbackup.fs.tree import Tree
 from qfsbackup.fuse import _ops
 from qfsbackup.fuse.operations import Operations, Owner
-from qfsbackup.model import Sockets
 from qfsbackup.mounts import MOUNTINFO, detach_dead, find_mount, our_mounts
 from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.vm.holder import held_by

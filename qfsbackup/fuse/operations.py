@@ -20,7 +20,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import pyfuse3
 import trio
 
+from qfsbackup.contracts import ShortRead
 from qfsbackup.errors import FsError
+from qfsbackup.facts import Buffer, Sockets
 from qfsbackup.fs.control import GIVE, Control
 from qfsbackup.fs.inodes import is_chunk
 from qfsbackup.fs.maps import MapFile
@@ -30,7 +32,6 @@ from qfsbackup.fs.window import Window
 from qfsbackup.fuse import _ops
 from qfsbackup.fuse.from_c import called_from_c
 from qfsbackup.fuse.read_only import ReadOnly
-from qfsbackup.model import Buffer, ShortRead, Sockets
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from functools import partial
 import trio
 
 from qfsbackup.errors import UserError
-from qfsbackup.model import Sockets
+from qfsbackup.facts import Sockets
 from qfsbackup.nbd.handle import Handle, handles, libnbd, where
 from qfsbackup.nbd.inflight import Done
 from qfsbackup.nbd.tasks import background

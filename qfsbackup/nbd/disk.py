@@ -18,8 +18,9 @@ from functools import partial
 
 import trio
 
+from qfsbackup.contracts import Answer, ShortRead
 from qfsbackup.errors import FsError
-from qfsbackup.model import CLUSTER, Answer, ShortRead
+from qfsbackup.facts import CLUSTER
 from qfsbackup.nbd.budget import Budget
 from qfsbackup.nbd.connection import ConnectionLostError, ServerError
 from qfsbackup.nbd.fetch import Fetch
@@ -35,7 +36,7 @@ MAX_TRIM = 1 << 30  # bytes a request; its length has 32 bits
 
 
 class NbdDisk:
-    """model.Disk over a pool of connections. Only `open_disks` makes one."""
+    """contracts.Disk over a pool of connections. Only `open_disks` makes one."""
 
     def __init__(
         self,
@@ -77,15 +78,15 @@ class NbdDisk:
 
     @property
     def short_cut(self) -> ShortRead | None:
-        """See model.Disk."""
+        """See contracts.Disk."""
         return self._pool.lane.read if self._pool.lane else None
 
     def end_short_cut(self) -> None:
-        """See model.Disk."""
+        """See contracts.Disk."""
         self._pool.close_lane()
 
     def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
-        """See model.Disk: what one fetch holds, and nobody has to wait for but the server."""
+        """See contracts.Disk: what one fetch holds, and nobody has to wait for but the server."""
         end = offset + length
         if self._mount.broken or self._pool.is_paced or self._closed.overlaps(offset, end):
             return False

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A disk of no bytes: model.Disk without a server, for none can export it."""
+"""A disk of no bytes: contracts.Disk without a server, for none can export it."""
 
 from __future__ import annotations
 
 import errno
 
+from qfsbackup.contracts import Answer
 from qfsbackup.errors import FsError
-from qfsbackup.model import Answer
 from qfsbackup.ranges import RangeSet
 from qfsbackup.seen import Seen
 

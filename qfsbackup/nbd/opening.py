@@ -19,8 +19,9 @@ from functools import partial
 
 import trio
 
+from qfsbackup.contracts import Disk
 from qfsbackup.errors import UserError
-from qfsbackup.model import CONNECTIONS, Disk, Export, Sockets
+from qfsbackup.facts import CONNECTIONS, Export, Sockets
 from qfsbackup.nbd import extents
 from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.nbd.budget import Budget

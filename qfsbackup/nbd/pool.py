@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
-from qfsbackup.model import Sockets
+from qfsbackup.facts import Sockets
 from qfsbackup.nbd._lane import Lane
 from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.nbd.connection import Buffer, Connection, ConnectionLostError, attached

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from functools import partial
 
-from qfsbackup.model import CLUSTER
+from qfsbackup.facts import CLUSTER
 from qfsbackup.nbd.budget import Budget
 from qfsbackup.nbd.fetch import Fetch
 from qfsbackup.nbd.pool import Pool

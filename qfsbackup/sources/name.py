@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qfsbackup.errors import EXIT_USAGE, UserError
 from qfsbackup.sources.uri import SCHEMES, is_nbd_uri
-from qfsbackup.vm.socket_path import IMAGE_HINT
+from qfsbackup.vm.monitors.socket_path import IMAGE_HINT
 
 TWO_KINDS = f"A source is the path of a VM's QMP socket, or an NBD URI ({', '.join(SCHEMES)})."
 MANAGED = "Give that VM a QMP socket for backups (README.md, Back up your first VM), and name the socket's path."

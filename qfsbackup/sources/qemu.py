@@ -15,21 +15,22 @@ from urllib.parse import quote
 import trio
 
 from qfsbackup.errors import UserError
-from qfsbackup.model import CLUSTER, CheckpointRequest, Export, Known, Snapshot
+from qfsbackup.facts import CLUSTER, CheckpointRequest, Export, Known, Snapshot
 from qfsbackup.status import DiskStatus, Status
-from qfsbackup.vm.checkpoints import report, starting_points
+from qfsbackup.vm.bitmaps.leftovers import bitmaps_of, remove_bitmap, remove_leftovers, remove_marked
+from qfsbackup.vm.bitmaps.recording import MAP
+from qfsbackup.vm.bitmaps.starting_points import report, starting_points
 from qfsbackup.vm.cleanup import cleanup
-from qfsbackup.vm.config import config_files
 from qfsbackup.vm.fleecing import look_at
 from qfsbackup.vm.freeze import Freeze
-from qfsbackup.vm.graph import Machine, look, look_at_nodes
 from qfsbackup.vm.left import left
-from qfsbackup.vm.leftovers import bitmaps_of, remove_bitmap, remove_leftovers, remove_marked
+from qfsbackup.vm.look.config import config_files
+from qfsbackup.vm.look.graph import Machine, look, look_at_nodes
+from qfsbackup.vm.look.selection import choose, left_out, refuse_disks, refuse_machine
+from qfsbackup.vm.monitor import Monitor, QmpError
+from qfsbackup.vm.monitors.qmp_socket import connect
 from qfsbackup.vm.node import undoing
 from qfsbackup.vm.presence import listens
-from qfsbackup.vm.qmp import Qmp, QmpError, connect
-from qfsbackup.vm.recording import MAP
-from qfsbackup.vm.selection import choose, left_out, refuse_disks, refuse_machine
 from qfsbackup.vm.snapshot import Served, Taken, take
 
 log = logging.getLogger(__name__)
@@ -57,11 +58,11 @@ class QemuSource:
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Snapshot]:
-        """Take it; see model.Source. When QEMU goes away meanwhile, `status.vm_gone` says so at once.
+        """Take it; see contracts.Source. When QEMU goes away meanwhile, `status.vm_gone` says so at once.
 
         `status.unrestored` says at the end what could not be undone.
         """
-        qmp: Qmp | None = None
+        qmp: Monitor | None = None
         uncommitted: set[str] = set()  # generations that were begun
         try:
             async with AsyncExitStack() as stack:
@@ -82,7 +83,7 @@ class QemuSource:
                 await self._clean_up_again(uncommitted)
 
     @asynccontextmanager
-    async def _seeing_what_is_left(self, qmp: Qmp, uncommitted: Collection[str]) -> AsyncIterator[None]:
+    async def _seeing_what_is_left(self, qmp: Monitor, uncommitted: Collection[str]) -> AsyncIterator[None]:
         """After all that the block makes is undone, ask QEMU whether that is so, also of these generations' bitmaps."""
         try:
             yield
@@ -94,7 +95,7 @@ class QemuSource:
                 except QmpError as error:
                     log.debug("QEMU cannot be asked what is left: %s", error)
 
-    async def _tell_what_is_left(self, qmp: Qmp, uncommitted: Collection[str]) -> None:
+    async def _tell_what_is_left(self, qmp: Monitor, uncommitted: Collection[str]) -> None:
         """What QEMU will never remove, from an image that became read-only, is named; trying again would not help."""
         if self.status.unrestored:
             log.error("left in the VM: %s", self.status.unrestored)
@@ -120,7 +121,7 @@ class QemuSource:
             except (UserError, QmpError) as error:
                 log.debug("nothing can be undone: %s", error)
 
-    async def _snapshot(self, qmp: Qmp, stack: AsyncExitStack, uncommitted: set[str]) -> Snapshot:
+    async def _snapshot(self, qmp: Monitor, stack: AsyncExitStack, uncommitted: set[str]) -> Snapshot:
         for undone in await cleanup(qmp, self.agent):
             log.warning("left by an earlier snapshot: %s", undone)
         machine = await look(qmp)
@@ -152,11 +153,11 @@ class QemuSource:
             replace(snapshot, keep=partial(self._keep, qmp, machine, taken, known, uncommitted)) if known else snapshot
         )
 
-    async def _remove_marked(self, qmp: Qmp, machine: Machine) -> None:
+    async def _remove_marked(self, qmp: Monitor, machine: Machine) -> None:
         if self.committed:
             report(await remove_marked(qmp, partial(self.committed, vm_name(self.vm, machine, self.socket))))
 
-    async def _known(self, qmp: Qmp, machine: Machine) -> Known | None:
+    async def _known(self, qmp: Monitor, machine: Machine) -> Known | None:
         """What is known of the target, if there is one; bitmaps of it that are no base are removed."""
         if self.checkpoint is None:
             return None
@@ -164,7 +165,7 @@ class QemuSource:
         report(await remove_leftovers(qmp, known.store, known.committed))
         return known
 
-    async def _keep(self, qmp: Qmp, machine: Machine, taken: Taken, known: Known, uncommitted: set[str]) -> None:
+    async def _keep(self, qmp: Monitor, machine: Machine, taken: Taken, known: Known, uncommitted: set[str]) -> None:
         """Bases that were replaced go, also from where they are now, should disks have changed their names."""
         uncommitted.clear()
         await taken.keep()

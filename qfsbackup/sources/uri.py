@@ -15,7 +15,7 @@ from pathlib import PurePath
 from urllib.parse import parse_qs, urlsplit
 
 from qfsbackup.errors import EXIT_USAGE, UserError
-from qfsbackup.model import Export, Offer, Snapshot
+from qfsbackup.facts import Export, Offer, Snapshot
 from qfsbackup.status import DiskStatus, Status
 
 SCHEMES = ("nbd", "nbd+unix", "nbds", "nbds+unix")
@@ -39,7 +39,7 @@ class UriSource:
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Snapshot]:
-        """Look what the server offers; see model.Source. The instant is now, for want of a better one."""
+        """Look what the server offers; see contracts.Source. The instant is now, for want of a better one."""
         named = _by_name(await self.list_exports(self.uri))
         chosen = _choose(named, self.disks, self.exclude)
         exports = tuple(self._export(name, offer) for name, offer in chosen.items())

@@ -37,7 +37,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qfsbackup.errors import UserError
-from qfsbackup.model import Base
+from qfsbackup.facts import Base
 from qfsbackup.state.database import EVERY_TARGET, ID_BYTES, SECOND, failed, open_database, show, transaction
 from qfsbackup.state.files import FOLDER, check_folder, lock_path, locked, prepare_folder, store_path
 
@@ -54,7 +54,7 @@ class DiskState:
     generation: str
     instant: int
     size: int
-    content: str  # as model.Export has it
+    content: str  # as facts.Export has it
     chunk: int
     times: array[int]  # of each chunk; type code "q"
 

@@ -13,17 +13,17 @@ from pathlib import Path
 
 from qfsbackup.errors import UserError
 from qfsbackup.vm.agent import AgentError
+from qfsbackup.vm.bitmaps.low_water import LOW_WATER
 from qfsbackup.vm.fleecing import empty_fdsets, remove_fdsets
 from qfsbackup.vm.fleecing_folder import answers, files_of
 from qfsbackup.vm.freeze import thaw_leftover
-from qfsbackup.vm.graph import look_at_graph
 from qfsbackup.vm.holder import held_by
 from qfsbackup.vm.left import left
-from qfsbackup.vm.low_water import LOW_WATER
+from qfsbackup.vm.look.graph import look_at_graph
+from qfsbackup.vm.monitor import Monitor
 from qfsbackup.vm.node import remove_node, take_out
 from qfsbackup.vm.owner import FROZEN, NEW, OWNER, PREFIX, Owner, living_owner, remove_line
 from qfsbackup.vm.pause import STOPPED, resume, running
-from qfsbackup.vm.qmp import Qmp
 from qfsbackup.vm.server import stop_server
 from qfsbackup.vm.snapshot import ACCESS, FILTER, FLEECING
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 ORDER = (ACCESS, FILTER, FLEECING, LOW_WATER, OWNER)
 
 
-async def cleanup(qmp: Qmp, agent: Path | None = None) -> list[str]:
+async def cleanup(qmp: Monitor, agent: Path | None = None) -> list[str]:
     """Undo a dead mount's leftovers; returns what was undone. `agent` is the guest agent's socket, if there is one.
 
     Raises UserError where the mount is alive or something cannot be undone, QmpError where QEMU cannot be asked.
@@ -63,7 +63,7 @@ async def cleanup(qmp: Qmp, agent: Path | None = None) -> list[str]:
     return [*done, f"removed {', '.join(ours)}"]
 
 
-async def refuse_living(qmp: Qmp) -> list[str]:
+async def refuse_living(qmp: Monitor) -> list[str]:
     """What is ours in QEMU. Raises UserError where it is a living mount's."""
     ours = await _ours(qmp)
     owner = await living_owner(qmp, ours)
@@ -81,7 +81,7 @@ def _elsewhere(owner: Owner) -> UserError:
     )
 
 
-async def _ours(qmp: Qmp) -> list[str]:
+async def _ours(qmp: Monitor) -> list[str]:
     """But for the marks of bitmaps: what becomes of these is for the state store to say (see leftovers).
 
     Names alone: to tell more of a fleecing file QEMU asks its file system, and would hang with that.
@@ -90,7 +90,7 @@ async def _ours(qmp: Qmp) -> list[str]:
     return sorted(name for name in names if name.startswith(PREFIX) and not name.startswith(NEW))
 
 
-async def _free_guest(qmp: Qmp, ours: Sequence[str], agent: Path | None) -> list[str]:
+async def _free_guest(qmp: Monitor, ours: Sequence[str], agent: Path | None) -> list[str]:
     """Let a guest that we stopped run on, then thaw it: a stopped guest's agent cannot answer."""
     done = []
     if STOPPED in ours:
@@ -102,7 +102,7 @@ async def _free_guest(qmp: Qmp, ours: Sequence[str], agent: Path | None) -> list
     return done
 
 
-async def _thaw(qmp: Qmp, agent: Path | None) -> list[str]:
+async def _thaw(qmp: Monitor, agent: Path | None) -> list[str]:
     """The mark stays where the agent does not answer: so it is tried again."""
     if agent is None:
         log.warning("the guest's file systems may be frozen: name its agent, or have it run guest-fsfreeze-thaw")
@@ -117,7 +117,7 @@ async def _thaw(qmp: Qmp, agent: Path | None) -> list[str]:
     return ["thawed the guest's file systems"] if thawed else []
 
 
-async def _remove_nodes(qmp: Qmp, ours: Sequence[str]) -> None:
+async def _remove_nodes(qmp: Monitor, ours: Sequence[str]) -> None:
     for prefix in ORDER:
         names = [name for name in ours if name.startswith(prefix)]
         if prefix == FILTER and names:

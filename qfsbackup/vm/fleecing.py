@@ -20,9 +20,9 @@ from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.ranges import RangeSet
 from qfsbackup.status import FleecingLook
 from qfsbackup.vm.fleecing_folder import CLOSE_TIMEOUT, FleecingFolder, answers, create, files_of, free_space
+from qfsbackup.vm.monitor import Monitor
 from qfsbackup.vm.node import node, undoing
 from qfsbackup.vm.owner import PREFIX
-from qfsbackup.vm.qmp import Qmp
 
 FDSET = PREFIX + "fleecing"  # the opaque string by which cleanup knows our fdsets
 BLOCK = 512  # bytes; the unit of st_blocks
@@ -100,7 +100,7 @@ def look_at(files: Mapping[str, FleecingFile], folder: Path) -> FleecingLook:
 
 
 @asynccontextmanager
-async def fleecing_file(qmp: Qmp, folder: FleecingFolder, node_name: str, size: int) -> AsyncIterator[FleecingFile]:
+async def fleecing_file(qmp: Monitor, folder: FleecingFolder, node_name: str, size: int) -> AsyncIterator[FleecingFile]:
     """A file of `size` bytes in `folder`, and in QEMU a node of this name on it.
 
     Raises UserError where the folder cannot take it, QmpError where QEMU does not.
@@ -115,7 +115,7 @@ async def fleecing_file(qmp: Qmp, folder: FleecingFolder, node_name: str, size: 
 
 
 @asynccontextmanager
-async def left_while_hanging(qmp: Qmp, files: Mapping[int, FleecingFile]) -> AsyncIterator[None]:
+async def left_while_hanging(qmp: Monitor, files: Mapping[int, FleecingFile]) -> AsyncIterator[None]:
     """Where the files do not answer at the end of the block, QEMU is asked for nothing any more: see the folder."""
     try:
         yield
@@ -125,7 +125,7 @@ async def left_while_hanging(qmp: Qmp, files: Mapping[int, FleecingFile]) -> Asy
 
 
 @asynccontextmanager
-async def _fdset(qmp: Qmp, fd: int) -> AsyncIterator[int]:
+async def _fdset(qmp: Monitor, fd: int) -> AsyncIterator[int]:
     """An fdset is needed only until a node has opened it: the node keeps a duplicate."""
     try:
         answer = await qmp.execute_with_fd("add-fd", {"opaque": FDSET}, fd)
@@ -134,7 +134,7 @@ async def _fdset(qmp: Qmp, fd: int) -> AsyncIterator[int]:
         await remove_fdsets(qmp)
 
 
-async def remove_fdsets(qmp: Qmp) -> None:
+async def remove_fdsets(qmp: Monitor) -> None:
     """Remove the fdsets that hold a fleecing file of ours, finding them by their opaque string."""
     with undoing("remove the descriptors of fleecing files"):
         for fdset in await qmp.execute("query-fdsets"):
@@ -142,7 +142,7 @@ async def remove_fdsets(qmp: Qmp) -> None:
                 await qmp.execute("remove-fd", {"fdset-id": fdset["fdset-id"]})
 
 
-async def empty_fdsets(qmp: Qmp) -> None:
+async def empty_fdsets(qmp: Monitor) -> None:
     """Give the space back that QEMU 7.2 holds in removed fdsets until the VM runs again, once no node uses the files.
 
     Of the descriptors themselves only QEMU can let go. Where QEMU cannot be seen (another PID namespace, another user)

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from qfsbackup.vm.fleecing import FDSET
-from qfsbackup.vm.graph import Graph, look_at_graph
+from qfsbackup.vm.look.graph import Graph, look_at_graph
+from qfsbackup.vm.monitor import Monitor
 from qfsbackup.vm.owner import FROZEN, LINE, NEW, PREFIX, line_holds
-from qfsbackup.vm.qmp import Qmp
 
 KEEPS_FDSETS_BEFORE = (9, 0, 0)  # a VM that does not run keeps removed fdsets (monitor_fdset_cleanup of QEMU 7.2)
 
 
-async def left(qmp: Qmp) -> list[str]:
+async def left(qmp: Monitor) -> list[str]:
     """Every node, export, character device and fdset of ours, with who uses it. Raises QmpError.
 
     Names alone: to tell more of a fleecing file QEMU asks its file system, and would hang with that.
@@ -42,7 +42,7 @@ def _ours(fdset: Mapping[str, Any]) -> bool:
     return any(fd.get("opaque") == FDSET for fd in fdset["fds"])
 
 
-async def _forgets_fdsets(qmp: Qmp) -> bool:
+async def _forgets_fdsets(qmp: Monitor) -> bool:
     version = (await qmp.execute("query-version"))["qemu"]
     new = (version["major"], version["minor"], version["micro"]) >= KEEPS_FDSETS_BEFORE
     return new or bool((await qmp.execute("query-status"))["running"])

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import trio
 
-from qfsbackup.vm.graph import Disk, Graph, devices, look_at_graph, look_at_nodes
-from qfsbackup.vm.names import qom_path
-from qfsbackup.vm.qmp import Qmp, QmpError, QmpGoneError, QmpRefusedError
+from qfsbackup.vm.look.graph import Disk, Graph, devices, look_at_graph, look_at_nodes
+from qfsbackup.vm.look.names import qom_path
+from qfsbackup.vm.monitor import Monitor, QmpError, QmpGoneError, QmpRefusedError
 
 log = logging.getLogger(__name__)
 TRIES = 3  # for what somebody else may disturb in the very moment
@@ -40,7 +40,7 @@ def undoing(what: str) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def node(qmp: Qmp, options: Mapping[str, object]) -> AsyncIterator[str]:
+async def node(qmp: Monitor, options: Mapping[str, object]) -> AsyncIterator[str]:
     """A node made by `blockdev-add` with these options; yields its name. Raises QmpError."""
     name = str(options["node-name"])
     try:
@@ -50,7 +50,7 @@ async def node(qmp: Qmp, options: Mapping[str, object]) -> AsyncIterator[str]:
         await remove_node(qmp, name)
 
 
-async def remove_node(qmp: Qmp, name: str) -> None:
+async def remove_node(qmp: Monitor, name: str) -> None:
     """Remove a node if it is there."""
     with undoing(f"remove the block node {name}"):
         try:
@@ -60,7 +60,7 @@ async def remove_node(qmp: Qmp, name: str) -> None:
                 raise
 
 
-async def put_in(qmp: Qmp, disk: Disk, filter_name: str) -> None:
+async def put_in(qmp: Monitor, disk: Disk, filter_name: str) -> None:
     """Put a filter that stands on the disk's root node between it and the guest device.
 
     Raises QmpError; it may be in all the same, for QEMU 7.2 can answer with an error and replace the node.
@@ -68,7 +68,7 @@ async def put_in(qmp: Qmp, disk: Disk, filter_name: str) -> None:
     await qmp.execute("qom-set", {"path": disk.qdev, "property": "drive", "value": filter_name})
 
 
-async def take_out(qmp: Qmp, filters: Collection[str]) -> None:
+async def take_out(qmp: Monitor, filters: Collection[str]) -> None:
     """Give every device whose root is one of these filters what that stands on *now*; leave all others alone.
 
     Look directly before and after, and once more where somebody puts a node below a filter in this very moment: QEMU

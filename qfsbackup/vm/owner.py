@@ -18,8 +18,8 @@ from pathlib import Path
 
 import trio
 
+from qfsbackup.vm.monitor import Monitor, QmpRefusedError
 from qfsbackup.vm.node import remove_node, undoing
-from qfsbackup.vm.qmp import Qmp, QmpRefusedError
 
 PREFIX = "qfsbackup-"
 OWNER = PREFIX + "by-"  # + process id and its start time, hexadecimal: at most 31 characters, as QEMU wants it
@@ -38,7 +38,7 @@ class Owner:
 
 
 @asynccontextmanager
-async def mark(qmp: Qmp, name: str) -> AsyncIterator[None]:
+async def mark(qmp: Monitor, name: str) -> AsyncIterator[None]:
     """Let a node of this name exist for the length of the block."""
     try:
         await add_mark(qmp, name)
@@ -47,7 +47,7 @@ async def mark(qmp: Qmp, name: str) -> AsyncIterator[None]:
         await remove_node(qmp, name)
 
 
-async def add_mark(qmp: Qmp, name: str) -> None:
+async def add_mark(qmp: Monitor, name: str) -> None:
     """Let a mark of this name exist. Raises QmpError."""
     await qmp.execute("blockdev-add", {"driver": "null-co", "node-name": name, "size": 0})
 
@@ -58,14 +58,14 @@ def owner_name() -> str:
 
 
 @asynccontextmanager
-async def owned(qmp: Qmp) -> AsyncIterator[None]:
+async def owned(qmp: Monitor) -> AsyncIterator[None]:
     """Be the owner for the length of the block. Raises QmpError, also where somebody else is just becoming it."""
     async with _line(qmp), mark(qmp, owner_name()):
         yield
 
 
 @asynccontextmanager
-async def _line(qmp: Qmp) -> AsyncIterator[None]:
+async def _line(qmp: Monitor) -> AsyncIterator[None]:
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
@@ -84,14 +84,14 @@ async def _line(qmp: Qmp) -> AsyncIterator[None]:
             await remove_line(qmp)
 
 
-async def remove_line(qmp: Qmp) -> None:
+async def remove_line(qmp: Monitor) -> None:
     """Remove our end of it, or what a dead owner left of it."""
     with undoing("remove the owner's line"):
         if await line_holds(qmp) is not None:
             await qmp.execute("chardev-remove", {"id": LINE})
 
 
-async def line_holds(qmp: Qmp) -> bool | None:
+async def line_holds(qmp: Monitor) -> bool | None:
     """Does somebody hold the other end; None where there is no line. Raises QmpError."""
     for chardev in await qmp.execute("query-chardev"):
         if chardev["label"] == LINE:
@@ -99,7 +99,7 @@ async def line_holds(qmp: Qmp) -> bool | None:
     return None
 
 
-async def living_owner(qmp: Qmp, nodes: Iterable[str]) -> Owner | None:
+async def living_owner(qmp: Monitor, nodes: Iterable[str]) -> Owner | None:
     """The qfsbackup whose mark or line is in the VM, if it lives. Raises QmpError."""
     holds = await line_holds(qmp)
     for _ in range(LOOKS):

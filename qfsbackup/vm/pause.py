@@ -19,9 +19,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from qfsbackup.errors import UserError
+from qfsbackup.vm.monitor import Monitor, QmpRefusedError
 from qfsbackup.vm.node import remove_node, undoing
 from qfsbackup.vm.owner import PREFIX
-from qfsbackup.vm.qmp import Qmp, QmpRefusedError
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Pause:
 
 
 @asynccontextmanager
-async def stopped(qmp: Qmp, pause: Pause) -> AsyncIterator[None]:
+async def stopped(qmp: Monitor, pause: Pause) -> AsyncIterator[None]:
     """Stop the guest's CPUs for the length of the block. Raises UserError where somebody let them run, QmpError."""
     try:
         await _add_mark(qmp)
@@ -57,13 +57,13 @@ async def stopped(qmp: Qmp, pause: Pause) -> AsyncIterator[None]:
         pause.milliseconds = (time.perf_counter() - start) * 1000
 
 
-async def running(qmp: Qmp) -> bool:
+async def running(qmp: Monitor) -> bool:
     """Do the guest's CPUs run? Raises QmpError."""
     answer: bool = (await qmp.execute("query-status"))["running"]
     return answer
 
 
-async def resume(qmp: Qmp) -> None:
+async def resume(qmp: Monitor) -> None:
     """Let the guest that we stopped run on, if nobody else stopped it. The mark stays if that fails."""
     with undoing("let the guest run on"):
         if (await qmp.execute("query-status"))["status"] == "paused":
@@ -74,7 +74,7 @@ async def resume(qmp: Qmp) -> None:
         await remove_node(qmp, STOPPED)
 
 
-async def _add_mark(qmp: Qmp) -> None:
+async def _add_mark(qmp: Monitor) -> None:
     counting = {
         "driver": "blkdebug",
         "image": {"driver": "null-co", "node-name": STOPS, "size": SIZE, "read-zeroes": True},
@@ -85,7 +85,7 @@ async def _add_mark(qmp: Qmp) -> None:
     await qmp.execute("block-dirty-bitmap-add", {"node": STOPS, "name": STOPS})
 
 
-async def _stopped_again(qmp: Qmp) -> bool:
+async def _stopped_again(qmp: Monitor) -> bool:
     """Were there two `stop`s or more since the mark was made? Where that cannot be told: no."""
     try:
         await qmp.execute("human-monitor-command", {"command-line": f'qemu-io {STOPPED} "write -q 0 {SIZE}"'})

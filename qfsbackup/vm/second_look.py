@@ -14,9 +14,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from qfsbackup.errors import UserError
-from qfsbackup.vm.bitmaps import Checkpoint, count, find, unusable
-from qfsbackup.vm.graph import Disk, Graph, Node, look_at_graph, look_at_nodes
-from qfsbackup.vm.qmp import Qmp
+from qfsbackup.vm.bitmaps.checkpoint import Checkpoint, count, find, unusable
+from qfsbackup.vm.look.graph import Disk, Graph, Node, look_at_graph, look_at_nodes
+from qfsbackup.vm.monitor import Monitor
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Filtered:
     checkpoint: Checkpoint | None
 
 
-async def look_before(qmp: Qmp, expected: Collection[Filtered]) -> None:
+async def look_before(qmp: Monitor, expected: Collection[Filtered]) -> None:
     """Nothing is otherwise than at the first look, and nobody is at work. Raises UserError, QmpError."""
     nodes = await look_at_nodes(qmp)
     graph = await look_at_graph(qmp)
@@ -37,7 +37,7 @@ async def look_before(qmp: Qmp, expected: Collection[Filtered]) -> None:
         _refuse(filtered, changed or _at_work(filtered.disk, graph) or _bitmap_changed(filtered, nodes))
 
 
-async def look_at_device(qmp: Qmp, filtered: Filtered) -> None:
+async def look_at_device(qmp: Monitor, filtered: Filtered) -> None:
     """Its root is what it was: the last command before the switch, and a quick one. Raises UserError, QmpError.
 
     (Of a legacy drive QEMU tells the name only; what else there is to see, the look after sees.)
@@ -47,7 +47,7 @@ async def look_at_device(qmp: Qmp, filtered: Filtered) -> None:
     _refuse(filtered, "" if root in (disk.root.name, disk.backend) else f"its device has {root or 'no medium'} now")
 
 
-async def look_after(qmp: Qmp, expected: Collection[Filtered]) -> None:
+async def look_after(qmp: Monitor, expected: Collection[Filtered]) -> None:
     """Each device has its filter, and nothing else has changed meanwhile. Raises UserError, QmpError."""
     nodes = await look_at_nodes(qmp)
     graph = await look_at_graph(qmp)

@@ -14,10 +14,10 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from qfsbackup.errors import UserError
-from qfsbackup.model import CONNECTIONS
+from qfsbackup.facts import CONNECTIONS
+from qfsbackup.vm.monitor import Monitor, QmpRefusedError
 from qfsbackup.vm.node import undoing
 from qfsbackup.vm.owner import PREFIX
-from qfsbackup.vm.qmp import Qmp, QmpRefusedError
 
 log = logging.getLogger(__name__)
 FDNAME = PREFIX + "nbd"
@@ -26,7 +26,7 @@ BACKLOG = 16  # connections that wait for QEMU's main loop
 
 
 @asynccontextmanager
-async def nbd_server(qmp: Qmp, listener: socket.socket, exports: int) -> AsyncIterator[None]:
+async def nbd_server(qmp: Monitor, listener: socket.socket, exports: int) -> AsyncIterator[None]:
     """An NBD server for so many exports that accepts on `listener`, which is then QEMU's alone.
 
     Raises UserError where QEMU runs one already, QmpError.
@@ -52,7 +52,7 @@ async def nbd_server(qmp: Qmp, listener: socket.socket, exports: int) -> AsyncIt
         await stop_server(qmp)
 
 
-async def stop_server(qmp: Qmp) -> None:
+async def stop_server(qmp: Monitor) -> None:
     """End all our exports and the server; if somebody added exports to it meanwhile, leave it to them."""
     with undoing("stop the NBD server"):
         exports = [export["id"] for export in await qmp.execute("query-block-exports")]
@@ -65,7 +65,7 @@ async def stop_server(qmp: Qmp) -> None:
                 await _remove_export(qmp, name)
 
 
-async def _stop(qmp: Qmp) -> None:
+async def _stop(qmp: Monitor) -> None:
     try:
         await qmp.execute("nbd-server-stop")  # returns when all clients are disconnected
     except QmpRefusedError as error:
@@ -73,12 +73,12 @@ async def _stop(qmp: Qmp) -> None:
     await _forget_socket(qmp)
 
 
-async def _forget_socket(qmp: Qmp) -> None:
+async def _forget_socket(qmp: Monitor) -> None:
     with undoing("close the NBD socket"), suppress(QmpRefusedError):  # normally the server took it
         await qmp.execute("closefd", {"fdname": FDNAME})
 
 
-async def _remove_export(qmp: Qmp, name: str) -> None:
+async def _remove_export(qmp: Monitor, name: str) -> None:
     async with qmp.listen("BLOCK_EXPORT_DELETED") as deleted:
         await qmp.execute("block-export-del", {"id": name, "mode": "hard"})
         while (await deleted())["id"] != name:

@@ -23,17 +23,17 @@ from pathlib import Path
 import trio
 
 from qfsbackup.errors import UserError
-from qfsbackup.model import CLUSTER
-from qfsbackup.vm.bitmaps import Checkpoint
+from qfsbackup.facts import CLUSTER
+from qfsbackup.vm.bitmaps.checkpoint import Checkpoint
+from qfsbackup.vm.bitmaps.recording import MAP, Kept, Started, add_maps, copy_maps, keep, recording, restart
 from qfsbackup.vm.fleecing import FleecingFile, fleecing_file, left_while_hanging
 from qfsbackup.vm.fleecing_folder import FleecingFolder
 from qfsbackup.vm.freeze import Freeze, Frozen, StillFrozenError, frozen
-from qfsbackup.vm.graph import Disk, Machine
+from qfsbackup.vm.look.graph import Disk, Machine
+from qfsbackup.vm.monitor import Monitor
 from qfsbackup.vm.node import node, put_in, remove_node, take_out
 from qfsbackup.vm.owner import FROZEN, PREFIX, add_mark, owned
 from qfsbackup.vm.pause import Pause, running, stopped
-from qfsbackup.vm.qmp import Qmp
-from qfsbackup.vm.recording import MAP, Kept, Started, add_maps, copy_maps, keep, recording, restart
 from qfsbackup.vm.second_look import Filtered, look_after, look_at_device, look_before
 from qfsbackup.vm.server import listening_socket, nbd_server
 
@@ -73,7 +73,7 @@ class Taken:
 
 @asynccontextmanager
 async def take(
-    qmp: Qmp,
+    qmp: Monitor,
     machine: Machine,
     disks: Sequence[Disk],
     *,
@@ -141,7 +141,7 @@ class _Moment:
 
 
 async def _instant(
-    qmp: Qmp,
+    qmp: Monitor,
     filtered: Mapping[int, Filtered],
     started: Started,
     freeze: Freeze,
@@ -177,7 +177,7 @@ def _maps(filtered: Mapping[int, Filtered]) -> list[tuple[str, Disk, Checkpoint]
 
 
 @asynccontextmanager
-async def _frozen(qmp: Qmp, freeze: Freeze) -> AsyncIterator[Frozen]:
+async def _frozen(qmp: Monitor, freeze: Freeze) -> AsyncIterator[Frozen]:
     """As `frozen`, with a mark for as long as the guest may be frozen by us, that cleanup thaws it."""
     async with AsyncExitStack() as mark:
         runs = await running(qmp)

@@ -14,8 +14,8 @@ import os
 import sys
 from pathlib import Path
 
-import qfsbackup.daemon  # noqa: F401 - the worker would import it after its fork
-from qfsbackup.commands.mount import MountRequest, mount_in_background
+import qfsbackup.mount.daemon  # noqa: F401 - the worker would import it after its fork
+from qfsbackup.cli.mount import MountRequest, mount_in_background
 from qfsbackup.errors import UserError
 
 

@@ -23,8 +23,8 @@ from tests.vm.support import guest_io, make_source
 PROGRAM = [
     sys.executable,
     "-c",
-    "import qfsbackup.commands.mount as m, sys; m.RESCUE_PAUSE = 0.2; m.LONGEST_PAUSE = 0.5;"
-    " from qfsbackup.cli import main; sys.exit(main())",
+    "import qfsbackup.cli.mount as m, sys; m.RESCUE_PAUSE = 0.2; m.LONGEST_PAUSE = 0.5;"
+    " from qfsbackup.cli.main import main; sys.exit(main())",
 ]
 LEFT = "qfsbackup-filter-0 (used by block job theirs)"
 

@@ -7,9 +7,9 @@ import errno
 
 import trio
 
+from qfsbackup.contracts import Answer
 from qfsbackup.errors import FsError
 from qfsbackup.fs.frozen import FrozenDisk
-from qfsbackup.model import Answer
 from qfsbackup.ranges import RangeSet
 from qfsbackup.seen import Seen
 from qfsbackup.status import DiskStatus, Status

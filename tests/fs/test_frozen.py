@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qfsbackup.errors import FsError
+from qfsbackup.facts import CLUSTER
 from qfsbackup.fs.window import Window
-from qfsbackup.model import CLUSTER
 from qfsbackup.ranges import RangeSet
 from tests.fs.memory import MemoryDisk, frozen
 

@@ -21,14 +21,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
+from qfsbackup.facts import Base, Snapshot
 from qfsbackup.fs.description import Look
 from qfsbackup.fs.grid import Grid, count, plan
 from qfsbackup.fs.tree import ShownDisk, build_tree
-from qfsbackup.model import Base, Snapshot
 from qfsbackup.ranges import RangeSet
 from qfsbackup.state.store import DiskState, Store, open_store
 from qfsbackup.status import Status
-from qfsbackup.vm.low_water import low_water
+from qfsbackup.vm.bitmaps.low_water import low_water
 from tests.fs.memory import MemoryDisk, frozen
 from tests.fs.model import CHUNK, LARGEST, SECOND, Mount, Since, Tool, walk
 

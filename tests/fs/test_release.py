@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qfsbackup.errors import FsError
+from qfsbackup.facts import CLUSTER
 from qfsbackup.fs.chunks import ChunkedDisk
 from qfsbackup.fs.grid import plan
-from qfsbackup.model import CLUSTER
 from qfsbackup.ranges import RangeSet
 from tests.fs.chunked import CHUNK, NEW, NOISE, OLD, SIZE, files, opened, raises_eio, view_of
 from tests.fs.memory import MemoryDisk, frozen

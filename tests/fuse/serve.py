@@ -23,12 +23,13 @@ from pathlib import Path
 
 import trio
 
-from qfsbackup.defects import defects_raised
+from qfsbackup.contracts import Answer
+from qfsbackup.facts import Snapshot
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.tree import ShownDisk, build_tree
 from qfsbackup.fuse.mount import mounted
 from qfsbackup.fuse.operations import Owner
-from qfsbackup.model import Answer, Snapshot
+from qfsbackup.mount.defects import defects_raised
 from qfsbackup.ranges import RangeSet
 from qfsbackup.status import DiskStatus, Status
 from tests.fs.memory import MemoryDisk

@@ -16,9 +16,9 @@ from typing import Any
 
 import trio
 
-from qfsbackup.chain import committed, open_chain
+from qfsbackup.facts import Export
 from qfsbackup.fs.grid import Grid
-from qfsbackup.model import Export
+from qfsbackup.mount.chain import committed, open_chain
 from qfsbackup.nbd.opening import open_disks
 from qfsbackup.sources.qemu import QemuSource
 from qfsbackup.status import Status

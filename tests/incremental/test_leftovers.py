@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qfsbackup.chain import open_chain
+from qfsbackup.mount.chain import open_chain
 from qfsbackup.vm.owner import NEW, PREFIX
 from tests.harness.disk import Disk
 from tests.harness.mount import Result, qfsbackup

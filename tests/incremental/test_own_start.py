@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qfsbackup.commands.restore import restore
+from qfsbackup.restore.restore import restore
 from tests.harness.files import assert_same
 from tests.harness.mount import Mount, aside, command, mounted
 from tests.harness.qemu import Qemu

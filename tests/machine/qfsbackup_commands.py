@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import qfsbackup.daemon  # noqa: F401 - every command would import it after its fork
-from qfsbackup.cli import main
-from qfsbackup.commands import mount
+import qfsbackup.mount.daemon  # noqa: F401 - every command would import it after its fork
+from qfsbackup.cli import mount
+from qfsbackup.cli.main import main
 
 mount.RESCUE_PAUSE, mount.LONGEST_PAUSE = 0.2, 0.5  # seconds; what is left is looked for more often
 

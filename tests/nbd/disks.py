@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from qfsbackup.model import Disk, Export
+from qfsbackup.contracts import Disk
+from qfsbackup.facts import Export
 from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.nbd.opening import open_disks
 from qfsbackup.status import DiskStatus, Status

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from qfsbackup.errors import FsError, UserError
-from qfsbackup.model import CLUSTER
+from qfsbackup.facts import CLUSTER
 from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.status import Status
 from tests.harness.disk import MIB

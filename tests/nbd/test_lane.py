@@ -14,8 +14,9 @@ import pytest
 import trio
 import trio.testing
 
+from qfsbackup.contracts import Disk
 from qfsbackup.errors import FsError
-from qfsbackup.model import CLUSTER, Buffer, Disk
+from qfsbackup.facts import CLUSTER, Buffer
 from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.status import DiskStatus, Status
 from tests.harness.disk import MIB

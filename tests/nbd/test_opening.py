@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from qfsbackup.errors import UserError
-from qfsbackup.model import CONNECTIONS, Export, Sockets
+from qfsbackup.facts import CONNECTIONS, Export, Sockets
 from qfsbackup.nbd import opening
 from qfsbackup.nbd.handle import Handles
 from qfsbackup.nbd.opening import open_disks

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qfsbackup.errors import FsError
-from qfsbackup.model import CLUSTER
+from qfsbackup.facts import CLUSTER
 from qfsbackup.nbd.budget import IDLE, WINDOW, Budget
 from qfsbackup.nbd.fetch import Fetch
 from qfsbackup.nbd.readahead import BLOCK

@@ -11,7 +11,8 @@ import pytest
 import trio
 
 from qfsbackup.errors import UserError
-from qfsbackup.vm import qmp as qmp_module
+from qfsbackup.vm.monitor import COMMAND_TIMEOUT
+from qfsbackup.vm.monitors import qmp_socket as qmp_module
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu
 from tests.harness.vm import UUID, Vm, running_vm
@@ -96,7 +97,7 @@ async def test_a_vm_that_hangs_does_not_keep_the_end_waiting(paused_vm: Vm, tmp_
     async with make_source(paused_vm, tmp_path).snapshot():
         paused_vm.process.send(signal.SIGSTOP)
         start = trio.current_time()
-    assert trio.current_time() - start < qmp_module.COMMAND_TIMEOUT + 10
+    assert trio.current_time() - start < COMMAND_TIMEOUT + 10
     paused_vm.process.send(signal.SIGCONT)
     await _free(paused_vm.qmp)
     async with make_source(paused_vm, tmp_path).snapshot():

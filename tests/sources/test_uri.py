@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qfsbackup.errors import UserError
-from qfsbackup.model import Offer, Snapshot
+from qfsbackup.facts import Offer, Snapshot
 from qfsbackup.sources.uri import UriSource, is_nbd_uri, vm_name
 from qfsbackup.status import Status
 

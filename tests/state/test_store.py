@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qfsbackup.errors import UserError
-from qfsbackup.model import Base
+from qfsbackup.facts import Base
 from qfsbackup.state.files import store_path
 from qfsbackup.state.store import DiskState, committed_generations, find_store, new_generation, open_store
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import trio
 
-from qfsbackup.model import Base, CheckpointRequest, Export, Known, Snapshot
+from qfsbackup.facts import Base, CheckpointRequest, Export, Known, Snapshot
 from qfsbackup.sources.qemu import QemuSource
-from qfsbackup.vm.bitmaps import bitmap_name, low_name
+from qfsbackup.vm.bitmaps.checkpoint import bitmap_name, low_name
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu
 from tests.harness.vm import Vm, running_vm

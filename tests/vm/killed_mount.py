@@ -10,7 +10,7 @@ from pathlib import Path
 
 import trio
 
-from qfsbackup.chain import open_chain
+from qfsbackup.mount.chain import open_chain
 from qfsbackup.sources.qemu import QemuSource
 from qfsbackup.status import Status
 

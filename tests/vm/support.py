@@ -8,7 +8,7 @@ from typing import Any
 
 import trio
 
-from qfsbackup.model import CLUSTER, Export
+from qfsbackup.facts import CLUSTER, Export
 from qfsbackup.sources.qemu import QemuSource
 from qfsbackup.status import Status
 from tests.harness.vm import Vm

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qfsbackup.model import Base
-from qfsbackup.vm.bitmaps import GRANULARITY, Checkpoint, bitmap_name, low_name, plan, unusable
-from qfsbackup.vm.graph import Disk as GraphDisk
-from qfsbackup.vm.graph import Node
-from qfsbackup.vm.leftovers import bitmaps_of
-from qfsbackup.vm.low_water import low_water
+from qfsbackup.facts import Base
+from qfsbackup.vm.bitmaps.checkpoint import GRANULARITY, Checkpoint, bitmap_name, low_name, plan, unusable
+from qfsbackup.vm.bitmaps.leftovers import bitmaps_of
+from qfsbackup.vm.bitmaps.low_water import low_water
+from qfsbackup.vm.look.graph import Disk as GraphDisk
+from qfsbackup.vm.look.graph import Node
 
 SIZE = 16 << 20
 OLD, NEW, OTHER = "0" * 15 + "a", "0" * 15 + "b", "0" * 15 + "c"

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from qfsbackup.vm.bitmaps import GRANULARITY, bitmap_name
+from qfsbackup.vm.bitmaps.checkpoint import GRANULARITY, bitmap_name
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu
 from tests.harness.qmp_proxy import running_proxy

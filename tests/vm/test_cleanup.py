@@ -13,8 +13,8 @@ import trio
 
 from qfsbackup.errors import UserError
 from qfsbackup.vm.cleanup import cleanup
+from qfsbackup.vm.monitors.qmp_socket import connect
 from qfsbackup.vm.owner import PREFIX
-from qfsbackup.vm.qmp import connect
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu
 from tests.harness.vm import Vm, running_vm

@@ -4,8 +4,8 @@
 import json
 from pathlib import Path
 
-from qfsbackup.vm.config import config_files
-from qfsbackup.vm.qmp import connect
+from qfsbackup.vm.look.config import config_files
+from qfsbackup.vm.monitors.qmp_socket import connect
 from tests.harness.vm import UUID, Vm
 from tests.vm.refusing import running_refusing
 

@@ -8,7 +8,7 @@ import pytest
 
 from qfsbackup.errors import UserError
 from qfsbackup.vm.cleanup import cleanup
-from qfsbackup.vm.qmp import connect
+from qfsbackup.vm.monitors.qmp_socket import connect
 from tests.harness.qmp_proxy import running_proxy
 from tests.harness.vm import Vm
 from tests.vm.refusing import running_refusing

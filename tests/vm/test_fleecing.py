@@ -14,11 +14,11 @@ import pytest
 import trio
 
 from qfsbackup.errors import UserError
-from qfsbackup.health import look_at_files
+from qfsbackup.mount.health import look_at_files
 from qfsbackup.ranges import RangeSet
 from qfsbackup.vm.freeze import Freeze
-from qfsbackup.vm.graph import look
-from qfsbackup.vm.qmp import connect
+from qfsbackup.vm.look.graph import look
+from qfsbackup.vm.monitors.qmp_socket import connect
 from qfsbackup.vm.snapshot import take
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu

@@ -12,8 +12,8 @@ from qfsbackup.vm import agent as agent_module
 from qfsbackup.vm import freeze as freeze_module
 from qfsbackup.vm.cleanup import cleanup
 from qfsbackup.vm.freeze import Freeze, StillFrozenError, frozen
+from qfsbackup.vm.monitors.qmp_socket import connect
 from qfsbackup.vm.owner import FROZEN
-from qfsbackup.vm.qmp import connect
 from tests.harness.agent import ask
 from tests.harness.qmp_proxy import running_proxy
 from tests.harness.vm import Vm

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from qfsbackup.errors import UserError
-from qfsbackup.vm.graph import Machine, look
-from qfsbackup.vm.qmp import connect
-from qfsbackup.vm.selection import choose, left_out, refuse_disks, refuse_machine
+from qfsbackup.vm.look.graph import Machine, look
+from qfsbackup.vm.look.selection import choose, left_out, refuse_disks, refuse_machine
+from qfsbackup.vm.monitors.qmp_socket import connect
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu
 from tests.harness.qmp_proxy import running_proxy

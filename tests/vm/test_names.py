@@ -6,7 +6,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qfsbackup.vm.names import Place, disk_names, qom_path, shifts
+from qfsbackup.vm.look.names import Place, disk_names, qom_path, shifts
 
 IDS = st.sampled_from(["a", "b", "c"])
 PATHS = st.one_of(

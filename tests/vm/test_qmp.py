@@ -10,8 +10,9 @@ import pytest
 import trio
 
 from qfsbackup.errors import UserError
-from qfsbackup.vm import qmp as qmp_module
-from qfsbackup.vm.qmp import QmpGoneError, QmpRefusedError, QmpTimeoutError, connect
+from qfsbackup.vm.monitor import COMMAND_TIMEOUT, QmpGoneError, QmpRefusedError, QmpTimeoutError
+from qfsbackup.vm.monitors import qmp_socket as qmp_module
+from qfsbackup.vm.monitors.qmp_socket import connect
 from tests.harness.disk import MIB, Disk
 from tests.harness.nbd_server import qemu_nbd
 from tests.harness.qemu import Qemu
@@ -178,14 +179,14 @@ async def test_a_hanging_qemu_delays_nobody_for_long(paused_vm: Vm) -> None:
         for _ in range(3):
             with pytest.raises(QmpTimeoutError):
                 await qmp.execute("query-name")
-        assert trio.current_time() - start < qmp_module.COMMAND_TIMEOUT
+        assert trio.current_time() - start < COMMAND_TIMEOUT
         paused_vm.process.send(signal.SIGCONT)
         with trio.fail_after(10):
             await wait_for_answer(qmp)
         assert (await qmp.execute("query-status"))["status"] == "prelaunch"
 
 
-async def wait_for_answer(qmp: qmp_module.Qmp) -> None:
+async def wait_for_answer(qmp: qmp_module.QmpSocket) -> None:
     """Ask until QEMU answers again."""
     while True:
         try:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qfsbackup.vm.bitmaps import GRANULARITY, bitmap_name
+from qfsbackup.vm.bitmaps.checkpoint import GRANULARITY, bitmap_name
 from tests.harness.disk import MIB
 from tests.harness.monitor import QmpError
 from tests.harness.qemu import Qemu

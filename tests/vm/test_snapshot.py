@@ -8,8 +8,8 @@ import pytest
 import trio
 
 from qfsbackup.errors import UserError
-from qfsbackup.health import look_at_files
-from qfsbackup.model import CLUSTER
+from qfsbackup.facts import CLUSTER
+from qfsbackup.mount.health import look_at_files
 from tests.harness.disk import MIB, Disk
 from tests.harness.files import allocated, make_random
 from tests.harness.qemu import Qemu

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""The words of the command line: what each command takes, and what its --help says."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from qfsbackup import __version__
+from qfsbackup.cli.console import output
+from qfsbackup.errors import EXIT_USAGE, UserError
+from qfsbackup.options import PARSERS
+
+DESCRIPTION = "Shows one frozen instant of a running QEMU VM as ordinary files, for any backup tool."
+
+SOURCE_HELP = "a VM's QMP socket (/run/vm/web1.qmp), or an NBD URI (nbd+unix:///disk?socket=/run/nbd.sock)"
+
+OPTIONS_HELP = """\
+options, comma separated after -o:
+  target=NAME      the backup destination whose chain this continues:
+                   incremental, once it was committed
+  access=dirty     only changed chunks are readable; what the guest writes
+                   elsewhere costs no copying
+  discard=release  give a chunk back once it was read whole
+  chunk=N          size of the pieces under chunks/
+  state=DIR        where chains are kept (default /var/lib/qfsbackup; another
+                   must exist)
+  bitmaps=transient  nothing is stored in the images: QEMU's restart costs a
+                   full backup, and its snapshots can be gone back to then
+  disks=A:B        only these disks, by name
+  exclude=A:B      all but these
+  fleece=DIR       where old data goes that the guest overwrites
+                   (default /var/tmp)
+  fleece-limit=N   break the snapshot, not the guest, when that holds more
+  agent=SOCKET     the guest agent's socket
+  freeze=WHEN      freeze the guest's file systems: auto (with agent=, if it
+                   can be had; the default), require, off
+  bwlimit=N        bytes per second read
+  connections=N    NBD connections for each disk at most (default 4)
+  ro               nothing can be punched through the mount
+  uid=N gid=N      whose the files are (default: root's)
+  mode=OCTAL       their permissions (default 0400, 0600 where a hole can
+                   be punched); with ro nobody has w
+  vm=NAME          the VM's name
+  bitmap=NAME      NBD URI: the dirty bitmap that is the map
+  trim-server-data NBD URI: what is punched or released, and with access=dirty
+                   what is clean, is trimmed: the server's own data goes
+Sizes take k, M, G and T. What mount(8) and fstab put there themselves
+(noauto, x-...) is accepted.
+"""
+
+
+CLEANUP_HELP = """\
+options, comma separated after -o:
+  agent=SOCKET     the guest agent's socket: thaw the guest as well
+  state=DIR        where chains are kept (default /var/lib/qfsbackup): what is
+                   committed there stays
+  vm=NAME          the VM's name, where the mount had this option
+All others that a mount takes are accepted and do nothing: give what the
+mount had.
+"""
+
+CHECKPOINTS_HELP = """\
+Of a VM that is off, name an image instead: what is in it is shown and deleted.
+
+options, comma separated after -o:
+  state=DIR        where chains are kept (default /var/lib/qfsbackup)
+  vm=NAME          the VM's name, where the mount had this option
+All others that a mount takes are accepted and do nothing.
+"""
+
+CHECKPOINTS_USAGE = """\
+qfsbackup checkpoints SOURCE|IMAGE.qcow2 [-o OPTIONS] [-v]
+                             [--delete TARGET [--others]]"""
+RUN_USAGE = "qfsbackup run SOURCE [-o OPTIONS] [--mountpoint DIR] [-v] -- COMMAND..."
+RUN_EXAMPLE = "qfsbackup run SOURCE -o target=nas -- restic backup chunks config vm.json"
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong usage is exit status 1, as mount(8) says; argparse's own is 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}", f"See {self.prog} --help.", EXIT_USAGE)
+
+    def _print_message(self, message: str, _file: object = None) -> None:
+        """What --help and --version say: an error where it cannot be written."""
+        output(*message.splitlines())
+
+
+def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """`qfsbackup`'s arguments, and the command behind `--`, which is `run`'s.
+
+    `name` is the command's, `terminal_level` what it logs to the terminal without -v.
+    Raises UserError, and SystemExit after --help.
+    """
+    before, command = _split_command(words)
+    parser = _parser()
+    if before[:1] == ["help"]:
+        before = [*before[1:2], "--help"]
+    arguments, unknown = parser.parse_known_args(before)
+    if unknown and arguments.name == "run" and not unknown[0].startswith("-"):
+        raise UserError(f"run: there is no -- before {unknown[0]}", f"Put one there: {RUN_EXAMPLE}", EXIT_USAGE)
+    if unknown:
+        raise _unknown(arguments.name, unknown)
+    if arguments.name == "run" and not command:
+        raise UserError("run: there is no command", f"Put it last, after --: {RUN_EXAMPLE}", EXIT_USAGE)
+    if command and arguments.name != "run":
+        raise UserError("only `run` takes a command after --", "See qfsbackup --help.", EXIT_USAGE)
+    return arguments, command
+
+
+def _unknown(name: str, words: Sequence[str]) -> UserError:
+    option = words[0].removeprefix("--").partition("=")[0]
+    hint = (
+        f"{option} is an option of the mount: -o {option}=..." if option in PARSERS else f"See qfsbackup {name} --help."
+    )
+    return UserError(f"qfsbackup {name}: unrecognized arguments: {' '.join(words)}", hint, EXIT_USAGE)
+
+
+def _split_command(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands behind the first `--` is the command of `run`, options and all."""
+    if "--" not in words:
+        return list(words), []
+    split = words.index("--")
+    return list(words[:split]), list(words[split + 1 :])
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="qfsbackup", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"qfsbackup {__version__}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+    _mount_parsers(commands)
+    _ending_parsers(commands)
+    _looking_parsers(commands)
+    _restore_parser(commands)
+    commands.add_parser("help", help="what `qfsbackup help COMMAND` says, or `qfsbackup COMMAND --help`")
+    return parser
+
+
+def _mount_parsers(commands: argparse._SubParsersAction[Parser]) -> None:
+    mount = _command(commands, "mount", "mount a snapshot and return", OPTIONS_HELP)
+    _source(mount)
+    mount.add_argument("directory", metavar="DIR", type=Path, help="where to mount")
+    mount.add_argument("--foreground", action="store_true", help="stay until it is unmounted")
+    run_parser = _command(commands, "run", "mount, run a command in the mount, unmount", OPTIONS_HELP)
+    run_parser.usage = RUN_USAGE
+    _source(run_parser)
+    run_parser.add_argument(
+        "--mountpoint", metavar="DIR", type=Path, help="where to mount (default: the same folder for each run)"
+    )
+    _on_purpose(run_parser)
+    run_parser.set_defaults(terminal_level=logging.INFO)
+
+
+def _ending_parsers(commands: argparse._SubParsersAction[Parser]) -> None:
+    umount = _command(commands, "umount", "unmount and wait until the VM is as it was")
+    umount.add_argument("directory", metavar="DIR", type=Path)
+    umount.add_argument("--commit", action="store_true", help="commit first; without a commit nothing is unmounted")
+    _on_purpose(umount)
+    committing = _command(commands, "commit", "make this backup the base of the target's next one")
+    committing.add_argument("directory", metavar="DIR", type=Path)
+    _on_purpose(committing)
+    clean = _command(commands, "cleanup", "undo what a dead mount left in a VM; safe to repeat", CLEANUP_HELP)
+    _source(clean)
+
+
+def _looking_parsers(commands: argparse._SubParsersAction[Parser]) -> None:
+    status = _command(commands, "status", "what is mounted, how far it was read, how full the fleecing is")
+    status.add_argument("directory", metavar="DIR", type=Path, nargs="?")
+    status.add_argument("--json", action="store_true", help="for programs; the README documents the shape")
+    points = _command(commands, "checkpoints", "what each target has committed of a VM", CHECKPOINTS_HELP)
+    _source(points)
+    points.usage = CHECKPOINTS_USAGE
+    points.add_argument("--delete", metavar="TARGET", help="forget a target: its next backup is a full one")
+    points.add_argument("--others", action="store_true", help="also what another state folder or VM made for TARGET")
+
+
+def _restore_parser(commands: argparse._SubParsersAction[Parser]) -> None:
+    parser = _command(commands, "restore", "chunks, as a backup tool restored them, become an image")
+    parser.add_argument("chunks", metavar="CHUNKS_DIR", type=Path, help="chunks/<disk> of what was restored")
+    parser.add_argument("output", metavar="OUTPUT", type=Path, help="a file (qcow2 if it ends so) or a block device")
+    parser.add_argument("--format", choices=("raw", "qcow2"), help="instead of what OUTPUT's name says")
+    parser.add_argument("--force", action="store_true", help="overwrite OUTPUT, if nobody uses it")
+    parser.add_argument(
+        "--torn", action="store_true", help="restore chunks that are not all of one backup, or not all of it"
+    )
+    parser.set_defaults(terminal_level=logging.INFO)
+
+
+def _command(
+    commands: argparse._SubParsersAction[Parser], name: str, description: str, epilog: str | None = None
+) -> Parser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(
+        name, help=description, description=description, epilog=epilog, formatter_class=formatter
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is done, each QMP command too")
+    parser.set_defaults(terminal_level=logging.WARNING)
+    return parser
+
+
+def _on_purpose(parser: Parser) -> None:
+    text = "commit also what was discarded before anybody had read it"
+    parser.add_argument("--discarded-on-purpose", action="store_true", help=text)
+
+
+def _source(parser: Parser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    parser.add_argument("-o", dest="options", metavar="OPTIONS", action="append", default=[], help="see below")
+
+
+def helper_parser() -> Parser:
+    """mount.qfsbackup's, as mount(8) calls it."""
+    parser = Parser(prog="mount.qfsbackup", description=DESCRIPTION, epilog=OPTIONS_HELP)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    _source(parser)
+    parser.add_argument("directory", metavar="DIR", type=Path)
+    parser.add_argument("-f", dest="fake", action="store_true", help="check the arguments only")
+    parser.add_argument("-v", dest="verbose", action="store_true")
+    for ignored in ("-n", "-s"):  # no mtab to write; unknown options are refused in any case
+        parser.add_argument(ignored, dest="_", action="store_true", help=argparse.SUPPRESS)
+    for ignored in ("-N", "-t"):
+        parser.add_argument(ignored, dest="_", help=argparse.SUPPRESS)
+    return parser

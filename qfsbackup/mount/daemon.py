@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""Joins the pillars: source -> snapshot -> disks -> tree -> mount, one ladder of contexts, undone in reverse.
+
+What is made first is undone last, also when a later step fails or a signal comes in the middle: the mount goes before
+the NBD connections, these before QEMU's nodes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from qfsbackup import log as logs
+from qfsbackup.contracts import Disk, Source
+from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_SYSTEM, EXIT_UNRESTORED, UserError
+from qfsbackup.facts import Sockets
+from qfsbackup.fuse.mount import check_mountpoint, mounted
+from qfsbackup.fuse.operations import Owner
+from qfsbackup.mount.chain import Chain, committed, open_chain
+from qfsbackup.mount.defects import defects_raised
+from qfsbackup.mount.health import check, look_at_files
+from qfsbackup.mount.notify import STOPPING, notify
+from qfsbackup.mount.runtime import RUNTIME, runtime_folder
+from qfsbackup.mount.signals import HANDED_ON, TELLING, acted_on
+from qfsbackup.mount.stacks import all_stacks
+from qfsbackup.mount.tree import make_tree
+from qfsbackup.mount.watch import watch_fleecing
+from qfsbackup.mount.watchdog import tell_the_watchdog
+from qfsbackup.nbd.bandwidth import Bandwidth
+from qfsbackup.nbd.listing import list_exports
+from qfsbackup.nbd.opening import open_disks
+from qfsbackup.options import Options
+from qfsbackup.patience import NoAnswerError, in_time
+from qfsbackup.sources.qemu import QemuSource
+from qfsbackup.sources.uri import UriSource, is_nbd_uri
+from qfsbackup.status import Status
+
+log = logging.getLogger(__name__)
+
+FOLDER_TIMEOUT = 20.0  # seconds
+
+T = TypeVar("T")
+
+
+def serve(source: str, mountpoint: Path, options: Options, ready: Callable[[], None]) -> int:
+    """Mount `source` at `mountpoint` and stay until it is unmounted or a signal asks to end.
+
+    Returns the exit status: EXIT_SYSTEM where the snapshot broke meanwhile, EXIT_UNRESTORED where something of ours is
+    left in QEMU, EXIT_INTERRUPTED after a SIGINT before it was ready. Calls `ready` once the tree can be read.
+    Raises UserError; by then all is undone, unless its exit code is EXIT_UNRESTORED.
+    """
+    status = Status(facts={"source": source, "mountpoint": str(mountpoint), "pid": os.getpid(), "ppid": os.getppid()})
+    came: list[signal.Signals | str] = []  # what ended it, and "ready"
+
+    def now_ready() -> None:
+        came.append("ready")
+        ready()
+
+    def ended_by(number: signal.Signals) -> None:
+        if not came:
+            logs.only_warnings()
+        came.append(number)
+
+    try:
+        with logs.in_thread():
+            trio.run(partial(_serve, source, mountpoint, options, status, now_ready, ended_by))
+    except BaseExceptionGroup as group:
+        error = _only_error(group)
+        if status.unrestored and isinstance(error, UserError):
+            error.exit_code = EXIT_UNRESTORED
+            error.hint = (
+                f"Left in the VM: {status.unrestored}. Process {os.getppid()} takes it out as soon as it can;"
+                f" or do it: qfsbackup cleanup {source}"
+            )
+        raise error from None
+    if status.unrestored:
+        return EXIT_UNRESTORED
+    if came[:1] == [signal.SIGINT]:
+        return EXIT_INTERRUPTED
+    return EXIT_SYSTEM if status.broken else 0
+
+
+def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The UserError inside, if nothing worse happened; else the group, with all its tracebacks."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error if isinstance(error, UserError) else group
+
+
+async def _serve(
+    source: str,
+    mountpoint: Path,
+    options: Options,
+    status: Status,
+    ready: Callable[[], None],
+    ended_by: Callable[[signal.Signals], None],
+) -> None:
+    _allow_descriptors()
+    async with AsyncExitStack() as stack:
+        ending = await stack.enter_async_context(_ended_by_signals(ended_by))
+        await stack.enter_async_context(defects_raised())
+        await _asked(f"the mountpoint {mountpoint}", partial(check_mountpoint, mountpoint))
+        runtime = await _asked(str(RUNTIME), partial(stack.enter_context, runtime_folder()))
+        chain = await _chain(options, stack)
+        found = _find_source(source, runtime, options, status, chain)
+        snapshot = await stack.enter_async_context(found.snapshot())
+        bandwidth = Bandwidth(options.bwlimit) if options.bwlimit else None
+        sockets: Sockets = {}
+        opening = open_disks(snapshot.exports, status, options.connections, bandwidth, sockets)
+        disks = await stack.enter_async_context(opening)
+        tree = await make_tree(snapshot, disks, chain, options, status)
+        owner = Owner(options.uid, options.gid, options.mode, options.read_only)
+        await look_at_files(status)
+        stack.push_async_callback(_last_look, status, disks)
+        unmounted = await stack.enter_async_context(mounted(tree, mountpoint, source, owner, sockets))
+        ending.end = unmounted.set
+        stack.callback(notify, STOPPING)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch_fleecing, status, disks)
+            nursery.start_soon(tell_the_watchdog)
+            ready()
+            await unmounted.wait()
+            nursery.cancel_scope.cancel()
+
+
+def _allow_descriptors() -> None:
+    """As many as we may have: 1024, the usual soft limit, is for programs that use select(2)."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+async def _asked(what: str, call: Callable[[], T]) -> T:
+    """What `call` returns, which asks a file system that may hang. Raises UserError."""
+    try:
+        return await in_time(call, FOLDER_TIMEOUT)
+    except NoAnswerError as error:
+        raise UserError(f"{what}: {error}", "See whether its file system hangs, or who holds a lock there.") from None
+
+
+async def _last_look(status: Status, disks: Sequence[Disk]) -> None:
+    """Before the exit status is decided, however the mount ends."""
+    with trio.CancelScope(shield=True):
+        await check(status, disks)
+
+
+async def _chain(options: Options, stack: AsyncExitStack) -> Chain | None:
+    if options.target is None:
+        return None
+    in_image = options.bitmaps == "persistent"
+    return await stack.enter_async_context(open_chain(options.target, options.state, options.chunk, in_image=in_image))
+
+
+def _find_source(source: str, runtime: Path, options: Options, status: Status, chain: Chain | None) -> Source:
+    """What `source` names: an NBD URI, or else the path of a QMP socket."""
+    if is_nbd_uri(source):
+        return UriSource(
+            uri=source,
+            list_exports=list_exports,
+            status=status,
+            bitmap=options.bitmap,
+            trim=options.trim_server_data,
+            disks=options.disks,
+            exclude=options.exclude,
+            vm=options.vm,
+        )
+    return QemuSource(
+        socket=Path(source),
+        runtime=runtime,
+        fleece=options.fleece,
+        status=status,
+        freeze=options.freeze,
+        agent=options.agent,
+        disks=options.disks,
+        exclude=options.exclude,
+        vm=options.vm,
+        checkpoint=chain.request if chain else None,
+        committed=partial(committed, options.state),
+    )
+
+
+@dataclass(slots=True)
+class _Ending:
+    """What a signal that ends calls: once there is something to be looked at a last time, nothing may be cancelled."""
+
+    end: Callable[[], None]
+
+
+@asynccontextmanager
+async def _ended_by_signals(ended_by: Callable[[signal.Signals], None]) -> AsyncIterator[_Ending]:
+    """ENDING cancels what runs inside; its contexts then end in order. SIGUSR1 logs every task's stack."""
+    numbers = acted_on()
+    for number in numbers:
+        signal.signal(number, lambda *_: None)  # one that comes while all ends already changes nothing
+    with trio.open_signal_receiver(*numbers) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDED_ON)  # the supervisor has held them back until now
+        async with trio.open_nursery() as nursery:
+
+            async def wait() -> None:
+                async for number in signals:
+                    if number == TELLING:
+                        for line in all_stacks().splitlines():
+                            log.warning("%s", line)
+                        continue
+                    ended_by(signal.Signals(number))
+                    log.info("ending: %s", signal.Signals(number).name)
+                    ending.end()
+
+            ending = _Ending(nursery.cancel_scope.cancel)
+            nursery.start_soon(wait)
+            yield ending
+            nursery.cancel_scope.cancel()

@@ -25,7 +25,7 @@ from qfsbackup.vm.cleanup import cleanup, refuse_living
 from qfsbackup.vm.freeze import thaw_leftover
 from qfsbackup.vm.left import left
 from qfsbackup.vm.look.content import content_of
-from qfsbackup.vm.look.graph import Disk, Machine, look
+from qfsbackup.vm.look.graph import Device, Machine, look
 from qfsbackup.vm.look.names import shifts
 from qfsbackup.vm.monitor import Monitor, QmpError
 from qfsbackup.vm.monitors.qmp_socket import connect
@@ -132,9 +132,9 @@ def _others(machine: Machine, store: Store | None) -> list[str]:
     ]
 
 
-async def _describe(machine: Machine, target: str, name: str, state: DiskState, disk: Disk | None) -> Committed:
+async def _describe(machine: Machine, target: str, name: str, state: DiskState, disk: Device | None) -> Committed:
     dirty, reason = None, "the VM has no such disk now"
-    if disk and disk.chain:
+    if disk and disk.nodes:
         base = Base(state.generation, state.size, state.content)
         reason = problem(disk, target, base, await content_of(machine.nodes, disk.format))
         dirty = None if reason else count(disk.format, bitmap_name(target, state.generation))

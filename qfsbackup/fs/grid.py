@@ -65,7 +65,7 @@ def fitting(size: int, chunk: int) -> int:
     return chunk
 
 
-def plan(size: int, dirty: RangeSet, time: int, base: Grid | None = None, chunk: int | None = None) -> Grid:
+def cut(size: int, dirty: RangeSet, time: int, base: Grid | None = None, chunk: int | None = None) -> Grid:
     """The grid that a mount shows, whose time is `time`.
 
     `base` is what was committed, None where nothing was. `dirty` is what changed since then: all of the disk where that

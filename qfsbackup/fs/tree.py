@@ -22,7 +22,7 @@ from qfsbackup.fs.delta import Delta
 from qfsbackup.fs.description import Look, describe_base
 from qfsbackup.fs.folder import Folder
 from qfsbackup.fs.frozen import FrozenDisk
-from qfsbackup.fs.grid import Grid, plan
+from qfsbackup.fs.grid import Grid, cut
 from qfsbackup.fs.inodes import Kind, Top, inode, parts
 from qfsbackup.fs.names import file_name
 from qfsbackup.fs.node import File, Node
@@ -103,7 +103,7 @@ def _delta(disk: ShownDisk, time: int) -> File:
 
 
 def _chunks(disk: ShownDisk, look: Look) -> ChunkedDisk:
-    grid = disk.grid or plan(disk.frozen.size, RangeSet(), look.time)
+    grid = disk.grid or cut(disk.frozen.size, RangeSet(), look.time)
     return ChunkedDisk(disk.frozen, disk.number, grid, look.time, release=look.release)
 
 

@@ -24,7 +24,7 @@ import trio
 from qfsbackup.contracts import Disk
 from qfsbackup.errors import EXIT_SYSTEM, UserError
 from qfsbackup.facts import CheckpointRequest, Known, Snapshot
-from qfsbackup.fs.grid import Grid, plan
+from qfsbackup.fs.grid import Grid, cut
 from qfsbackup.mount.health import check
 from qfsbackup.patience import NoAnswerError, Patience, in_time
 from qfsbackup.state.store import DiskState, Store, committed_generations, new_generation, open_store
@@ -130,7 +130,7 @@ class Chain:
         for export, disk in zip(snapshot.exports, disks, strict=True):
             old = committed.get(export.disk)  # also where all is dirty: the chunk size stays
             base = Grid(old.size, old.chunk, old.times) if old else None
-            grid = plan(export.size, disk.dirty, shown, base, self._chunk)
+            grid = cut(export.size, disk.dirty, shown, base, self._chunk)
             grids[export.disk] = grid
             if export.generation:
                 self._next[export.disk] = DiskState(

@@ -14,7 +14,7 @@ from qfsbackup.facts import Snapshot
 from qfsbackup.fs.control import CHECK, COMMIT, ON_PURPOSE, Words
 from qfsbackup.fs.description import Look, describe, iso_time
 from qfsbackup.fs.frozen import FrozenDisk
-from qfsbackup.fs.grid import Grid, plan
+from qfsbackup.fs.grid import Grid, cut
 from qfsbackup.fs.tree import ShownDisk, Tree, build_tree
 from qfsbackup.mount.chain import Chain, Numbers
 from qfsbackup.mount.health import check
@@ -35,7 +35,7 @@ async def make_tree(
     if chain:
         grids = await chain.grids(snapshot, time, disks)
     else:
-        grids = {one.disk: plan(one.size, RangeSet(), time, chunk=options.chunk) for one in snapshot.exports}
+        grids = {one.disk: cut(one.size, RangeSet(), time, chunk=options.chunk) for one in snapshot.exports}
     for export, disk in zip(snapshot.exports, disks, strict=True):
         if export.bitmap == "reuse":
             disk.keep_to(RangeSet([(0, disk.size)]) - grids[export.disk].other_than(time))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import trio
 
-from qfsbackup.vm.look.graph import Disk, Graph, devices, look_at_graph, look_at_nodes
+from qfsbackup.vm.look.graph import Device, Graph, devices, look_at_graph, look_at_nodes
 from qfsbackup.vm.look.names import qom_path
 from qfsbackup.vm.monitor import Monitor, QmpError, QmpGoneError, QmpRefusedError
 
@@ -60,7 +60,7 @@ async def remove_node(qmp: Monitor, name: str) -> None:
                 raise
 
 
-async def put_in(qmp: Monitor, disk: Disk, filter_name: str) -> None:
+async def put_in(qmp: Monitor, disk: Device, filter_name: str) -> None:
     """Put a filter that stands on the disk's root node between it and the guest device.
 
     Raises QmpError; it may be in all the same, for QEMU 7.2 can answer with an error and replace the node.

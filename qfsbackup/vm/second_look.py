@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from qfsbackup.errors import UserError
 from qfsbackup.vm.bitmaps.checkpoint import Checkpoint, count, find, unusable
-from qfsbackup.vm.look.graph import Disk, Graph, Node, look_at_graph, look_at_nodes
+from qfsbackup.vm.look.graph import Device, Graph, Node, look_at_graph, look_at_nodes
 from qfsbackup.vm.monitor import Monitor
 
 
@@ -23,7 +23,7 @@ from qfsbackup.vm.monitor import Monitor
 class Filtered:
     """A disk as the first look saw it, the filter that stands on it, and its checkpoint, if it gets one."""
 
-    disk: Disk
+    disk: Device
     filter: str
     checkpoint: Checkpoint | None
 
@@ -68,7 +68,7 @@ def _changed(filtered: Filtered, nodes: Mapping[str, Node]) -> str:
     disk, filter_node = filtered.disk, nodes.get(filtered.filter)
     if filter_node is None or filter_node.children.get("file") != disk.root.name:
         return "another node stands on it now"
-    for then in disk.chain:
+    for then in disk.nodes:
         now = nodes.get(then.name)
         if now is None or now.children != then.children:
             return f"its block node {then.name} is gone, or stands on another one now"
@@ -84,8 +84,8 @@ def _other_root(filtered: Filtered, graph: Graph, wanted: str) -> str:
     return "" if root == wanted else f"its device has {root or 'no medium'} now, not {wanted}"
 
 
-def _at_work(disk: Disk, graph: Graph) -> str:
-    names = {node.name for node in disk.chain}
+def _at_work(disk: Device, graph: Graph) -> str:
+    names = {node.name for node in disk.nodes}
     jobs = sorted({job for job, node in graph.jobs if node in names})
     return f"a block job ({', '.join(jobs)}) runs" if jobs else ""
 

@@ -29,7 +29,7 @@ from qfsbackup.vm.bitmaps.recording import MAP, Kept, Started, add_maps, copy_ma
 from qfsbackup.vm.fleecing import FleecingFile, fleecing_file, left_while_hanging
 from qfsbackup.vm.fleecing_folder import FleecingFolder
 from qfsbackup.vm.freeze import Freeze, Frozen, StillFrozenError, frozen
-from qfsbackup.vm.look.graph import Disk, Machine
+from qfsbackup.vm.look.graph import Device, Machine
 from qfsbackup.vm.monitor import Monitor
 from qfsbackup.vm.node import node, put_in, remove_node, take_out
 from qfsbackup.vm.owner import FROZEN, PREFIX, add_mark, owned
@@ -51,7 +51,7 @@ CBW_TIMEOUT_32_BIT = 4  # before QEMU 9.1 nanoseconds were kept in 32 bits
 class Served:
     """One disk of the snapshot: its NBD export's name, and its fleecing file where the guest can write to it."""
 
-    disk: Disk
+    disk: Device
     export: str
     fleecing: FleecingFile | None
     checkpoint: Checkpoint | None  # None where no target was named, and for a read-only disk
@@ -75,7 +75,7 @@ class Taken:
 async def take(
     qmp: Monitor,
     machine: Machine,
-    disks: Sequence[Disk],
+    disks: Sequence[Device],
     *,
     checkpoints: Mapping[str, Checkpoint],
     in_image: bool,
@@ -123,7 +123,7 @@ async def take(
 def _served(
     machine: Machine,
     number: int,
-    disk: Disk,
+    disk: Device,
     file: FleecingFile | None,
     checkpoint: Checkpoint | None,
     transient: str | None,
@@ -171,7 +171,7 @@ async def _instant(
     return moment
 
 
-def _maps(filtered: Mapping[int, Filtered]) -> list[tuple[str, Disk, Checkpoint]]:
+def _maps(filtered: Mapping[int, Filtered]) -> list[tuple[str, Device, Checkpoint]]:
     points = [(f"{FLEECING}{number}", item.disk, item.checkpoint) for number, item in filtered.items()]
     return [(target, disk, point) for target, disk, point in points if point and point.base]
 
@@ -203,7 +203,7 @@ def _deadline(state: Frozen) -> Iterator[None]:
         ) from None
 
 
-def _filter(machine: Machine, number: int, disk: Disk) -> Mapping[str, object]:
+def _filter(machine: Machine, number: int, disk: Device) -> Mapping[str, object]:
     return {
         "driver": "copy-before-write",
         "node-name": f"{FILTER}{number}",
@@ -234,7 +234,7 @@ def _size_lock(number: int) -> Mapping[str, object]:
     return {"type": "nbd", "id": name, "name": name, "node-name": f"{FILTER}{number}", "writable": False}
 
 
-def _export(number: int, disk: Disk, checkpoint: Checkpoint | None) -> Mapping[str, object]:
+def _export(number: int, disk: Device, checkpoint: Checkpoint | None) -> Mapping[str, object]:
     """Writable where there is something to trim (writing itself is refused by snapshot-access)."""
     bitmaps = [{"node": f"{FLEECING}{number}", "name": MAP}] if checkpoint and checkpoint.base else []
     return {

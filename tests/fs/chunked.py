@@ -10,7 +10,7 @@ import pytest
 
 from qfsbackup.errors import FsError
 from qfsbackup.fs.chunks import ChunkedDisk, ChunkFile
-from qfsbackup.fs.grid import SMALLEST, plan
+from qfsbackup.fs.grid import SMALLEST, cut
 from qfsbackup.fs.node import Handle
 from qfsbackup.ranges import RangeSet
 from tests.fs.memory import MemoryDisk, frozen
@@ -22,7 +22,7 @@ NOISE = random.Random(1).randbytes(SIZE)
 
 
 def view_of(disk: MemoryDisk, *, release: bool = False) -> ChunkedDisk:
-    return ChunkedDisk(frozen(disk), 7, plan(disk.size, RangeSet(), NEW, None, CHUNK), NEW, release=release)
+    return ChunkedDisk(frozen(disk), 7, cut(disk.size, RangeSet(), NEW, None, CHUNK), NEW, release=release)
 
 
 def files(view: ChunkedDisk) -> list[tuple[str, ChunkFile]]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qfsbackup.errors import FsError
 from qfsbackup.fs.chunks import ChunkedDisk
-from qfsbackup.fs.grid import MOST, USUAL, Grid, count, fitting, is_chunk_size, plan
+from qfsbackup.fs.grid import MOST, USUAL, Grid, count, cut, fitting, is_chunk_size
 from qfsbackup.fs.inodes import is_chunk, parts
 from qfsbackup.fs.node import Attributes
 from qfsbackup.ranges import RangeSet
@@ -35,7 +35,7 @@ def test_a_time_moves_where_the_chunk_is_dirty_or_new_or_has_another_size(
 ) -> None:
     base = Grid(old_size, CHUNK, array("q", range(count(old_size, CHUNK))))
     changed = RangeSet(dirty)
-    grid = plan(size, changed, NEW, base)
+    grid = cut(size, changed, NEW, base)
     assert len(grid.times) == count(size, CHUNK)
     for number, time in enumerate(grid.times):
         same_span = number < len(base.times) and base.span(number) == grid.span(number)
@@ -46,31 +46,31 @@ def test_a_time_moves_where_the_chunk_is_dirty_or_new_or_has_another_size(
 @given(size=sizes, dirty=ranges)
 @settings(deadline=None)
 def test_what_is_not_this_mounts_is_the_chunks_that_keep_their_times(size: int, dirty: list[tuple[int, int]]) -> None:
-    base = plan(size, RangeSet(), OLD, None, CHUNK)
-    grid = plan(size, RangeSet(dirty), NEW, base)
+    base = cut(size, RangeSet(), OLD, None, CHUNK)
+    grid = cut(size, RangeSet(dirty), NEW, base)
     touched = (RangeSet(dirty) & RangeSet([(0, size)])).aligned_outward(CHUNK, size)
     assert grid.other_than(NEW) == RangeSet([(0, size)]) - touched
 
 
 def test_without_a_base_all_times_are_the_mounts() -> None:
-    assert set(plan(SIZE, RangeSet(), NEW, None, CHUNK).times) == {NEW}
+    assert set(cut(SIZE, RangeSet(), NEW, None, CHUNK).times) == {NEW}
 
 
 def test_the_chunk_size_stays_until_another_is_asked_for_and_then_all_times_move() -> None:
-    base = plan(SIZE, RangeSet(), OLD, None, CHUNK)
-    assert plan(SIZE, RangeSet(), NEW, base) == base
-    assert plan(SIZE, RangeSet(), NEW, base, CHUNK) == base
-    assert plan(SIZE, RangeSet(), NEW, base, 2 * CHUNK) == plan(SIZE, RangeSet(), NEW, None, 2 * CHUNK)
+    base = cut(SIZE, RangeSet(), OLD, None, CHUNK)
+    assert cut(SIZE, RangeSet(), NEW, base) == base
+    assert cut(SIZE, RangeSet(), NEW, base, CHUNK) == base
+    assert cut(SIZE, RangeSet(), NEW, base, 2 * CHUNK) == cut(SIZE, RangeSet(), NEW, None, 2 * CHUNK)
 
 
 def test_planning_leaves_the_base_alone() -> None:
-    base = plan(SIZE, RangeSet(), OLD, None, CHUNK)
-    plan(SIZE, RangeSet([(0, SIZE)]), NEW, base)
+    base = cut(SIZE, RangeSet(), OLD, None, CHUNK)
+    cut(SIZE, RangeSet([(0, SIZE)]), NEW, base)
     assert set(base.times) == {OLD}
 
 
 def test_a_base_with_a_wrong_number_of_times_is_no_base() -> None:
-    assert set(plan(SIZE, RangeSet(), NEW, Grid(SIZE, CHUNK, array("q", [OLD]))).times) == {NEW}
+    assert set(cut(SIZE, RangeSet(), NEW, Grid(SIZE, CHUNK, array("q", [OLD]))).times) == {NEW}
 
 
 # ---- the size of the chunks ----
@@ -86,9 +86,9 @@ def test_chunks_are_doubled_only_until_they_are_few_enough(size: int, chunk: int
 
 
 def test_chunks_usually_have_four_mebibytes_and_a_disk_that_outgrows_its_chunks_gets_new_ones() -> None:
-    assert plan(1 << 30, RangeSet(), NEW).chunk == USUAL
-    base = plan(MOST * CHUNK, RangeSet(), OLD, None, CHUNK)
-    grown = plan(MOST * CHUNK + 1, RangeSet(), NEW, base)
+    assert cut(1 << 30, RangeSet(), NEW).chunk == USUAL
+    base = cut(MOST * CHUNK, RangeSet(), OLD, None, CHUNK)
+    grown = cut(MOST * CHUNK + 1, RangeSet(), NEW, base)
     assert grown.chunk == 2 * CHUNK
     assert set(grown.times) == {NEW}
 

@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from qfsbackup.facts import Base, Snapshot
 from qfsbackup.fs.description import Look
-from qfsbackup.fs.grid import Grid, count, plan
+from qfsbackup.fs.grid import Grid, count, cut
 from qfsbackup.fs.tree import ShownDisk, build_tree
 from qfsbackup.ranges import RangeSet
 from qfsbackup.state.store import DiskState, Store, open_store
@@ -111,7 +111,7 @@ class Machine(RuleBasedStateMachine):
     def find_another_vm_of_this_name(self) -> None:
         with open_store(self.folder, None, "web1") as store:
             store.begin("nas", self.clock)
-            store.commit("nas", {"vda": DiskState("other", self.clock, 0, "", CHUNK, plan(0, RangeSet(), 0).times)})
+            store.commit("nas", {"vda": DiskState("other", self.clock, 0, "", CHUNK, cut(0, RangeSet(), 0).times)})
 
     # ---- the backups ----
 
@@ -142,7 +142,7 @@ class Machine(RuleBasedStateMachine):
             mark = {"count": self.left[target, committed.generation], "granularity": CHUNK}
             dirty.add(low_water(mark, committed.size) or 0, size)
         time = store.begin(target, instant)
-        grid = plan(size, dirty, time, base, CHUNK)
+        grid = cut(size, dirty, time, base, CHUNK)
         disk = frozen(MemoryDisk(bytes(self.content), dirty=dirty))
         shown = ShownDisk("vda", store.disk_number("vda"), disk, grid)
         snapshot = Snapshot(vm="web1", uuid=UUID, instant=instant, exports=())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from qfsbackup.errors import FsError
 from qfsbackup.facts import CLUSTER
 from qfsbackup.fs.chunks import ChunkedDisk
-from qfsbackup.fs.grid import plan
+from qfsbackup.fs.grid import cut
 from qfsbackup.ranges import RangeSet
 from tests.fs.chunked import CHUNK, NEW, NOISE, OLD, SIZE, files, opened, raises_eio, view_of
 from tests.fs.memory import MemoryDisk, frozen
@@ -23,8 +23,8 @@ from tests.fs.memory import MemoryDisk, frozen
 async def test_clean_chunks_that_were_released_cannot_be_read_and_the_dirty_ones_can() -> None:
     disk = MemoryDisk(NOISE)
     shown = frozen(disk)
-    base = plan(SIZE, RangeSet(), OLD, None, CHUNK)
-    grid = plan(SIZE, RangeSet([(CHUNK + 10, CHUNK + 20), (4 * CHUNK, 4 * CHUNK + 1)]), NEW, base)
+    base = cut(SIZE, RangeSet(), OLD, None, CHUNK)
+    grid = cut(SIZE, RangeSet([(CHUNK + 10, CHUNK + 20), (4 * CHUNK, 4 * CHUNK + 1)]), NEW, base)
     for start, end in grid.other_than(NEW):
         await shown.release(start, end)
     view = ChunkedDisk(shown, 7, grid, NEW)

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qfsbackup.facts import Base
-from qfsbackup.vm.bitmaps.checkpoint import GRANULARITY, Checkpoint, bitmap_name, low_name, plan, unusable
+from qfsbackup.vm.bitmaps.checkpoint import GRANULARITY, Checkpoint, bitmap_name, low_name, starting_point, unusable
 from qfsbackup.vm.bitmaps.leftovers import bitmaps_of
 from qfsbackup.vm.bitmaps.low_water import low_water
-from qfsbackup.vm.look.graph import Disk as GraphDisk
+from qfsbackup.vm.look.graph import Device as GraphDisk
 from qfsbackup.vm.look.graph import Node
 
 SIZE = 16 << 20
@@ -51,7 +51,7 @@ def test_a_bitmap_is_a_base_only_if_it_holds_every_write(change: dict[str, Any] 
     said = unusable(_node(bitmaps), name)
     assert reason in said
     assert bool(reason) == bool(said)
-    point = plan(_disk(*bitmaps), "nas", NEW, {"vda": Base(OLD, SIZE)})
+    point = starting_point(_disk(*bitmaps), "nas", NEW, {"vda": Base(OLD, SIZE)})
     if reason:
         assert point == Checkpoint("nas", NEW, None, "invalid", f"the bitmap {name} {said}")
     else:
@@ -61,7 +61,7 @@ def test_a_bitmap_is_a_base_only_if_it_holds_every_write(change: dict[str, Any] 
 @pytest.mark.parametrize("change", [None, {"recording": True}, {"inconsistent": True}], ids=str)
 def test_a_bitmap_without_its_companion_is_no_base(change: dict[str, Any] | None) -> None:
     companion = () if change is None else (COMPANION | change,)
-    point = plan(_disk(GOOD, *companion), "nas", NEW, {"vda": Base(OLD, SIZE)})
+    point = starting_point(_disk(GOOD, *companion), "nas", NEW, {"vda": Base(OLD, SIZE)})
     assert (point.base, point.status) == (None, "invalid")
     assert "resizes" in point.reason
 
@@ -81,7 +81,7 @@ def test_all_that_a_resize_may_have_changed_lies_behind_the_low_water_mark(size:
 
 
 def test_without_a_committed_base_a_bitmap_that_is_there_means_nothing() -> None:
-    point = plan(_disk(GOOD, COMPANION), "nas", NEW, {})
+    point = starting_point(_disk(GOOD, COMPANION), "nas", NEW, {})
     assert (point.base, point.status) == (None, "new")
 
 

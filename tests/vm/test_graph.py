@@ -45,8 +45,8 @@ async def test_all_drives_are_seen_as_they_are(qemu: Qemu, tmp_path: Path) -> No
     assert (machine.version, machine.name, machine.uuid, machine.status) == (qemu.version, "web1", UUID, "prelaunch")
     disks = {disk.name: disk for disk in machine.disks}
     assert disks.keys() == {disk.id for disk in drives(tmp_path)}
-    assert [node.driver for node in disks["slow"].chain] == ["throttle", "qcow2"]
-    assert [node.driver for node in disks["old"].chain] == ["qcow2"]
+    assert [node.driver for node in disks["slow"].nodes] == ["throttle", "qcow2"]
+    assert [node.driver for node in disks["old"].nodes] == ["qcow2"]
     assert disks["slow"].root.size == 2 * MIB
     assert disks["plain"].qdev == "/machine/peripheral/plain/virtio-backend"
     assert {name for name, disk in disks.items() if disk.iothread} == {"thread", "scsi-thread"}

@@ -16,7 +16,7 @@ from typing import Any
 from qfsbackup.facts import CLUSTER, Base, BitmapStatus
 from qfsbackup.vm.bitmaps.low_water import low_water
 from qfsbackup.vm.look.content import difference
-from qfsbackup.vm.look.graph import Disk, Node
+from qfsbackup.vm.look.graph import Device, Node
 from qfsbackup.vm.owner import PREFIX
 
 NOTHING = "no backup of this disk was committed to the target yet"
@@ -58,8 +58,8 @@ def low_name(name: str) -> str:
     return f"{name}.low"
 
 
-def plan(
-    disk: Disk, target: str, generation: str, bases: Mapping[str, Base], content: str = "", shared: str = ""
+def starting_point(
+    disk: Device, target: str, generation: str, bases: Mapping[str, Base], content: str = "", shared: str = ""
 ) -> Checkpoint:
     """How the disk's backup starts from what the state store knows of the target: each disk's base, by its name.
 
@@ -76,7 +76,7 @@ def plan(
     )
 
 
-def problem(disk: Disk, target: str, base: Base, content: str) -> str:
+def problem(disk: Device, target: str, base: Base, content: str) -> str:
     """Why the disk's changes since the base are not known; empty where they are."""
     name = bitmap_name(target, base.generation)
     why = unusable(disk.format, name)
@@ -86,7 +86,7 @@ def problem(disk: Disk, target: str, base: Base, content: str) -> str:
     return difference(base.content, content, stored_in_image=bool(bitmap.get("persistent")))
 
 
-def _moved(disk: Disk, target: str, bases: Mapping[str, Base]) -> str:
+def _moved(disk: Device, target: str, bases: Mapping[str, Base]) -> str:
     """What to add where the disk has the bitmap of another one: its image is now called otherwise."""
     others = [
         name

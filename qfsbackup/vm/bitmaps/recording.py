@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from qfsbackup.vm.bitmaps.checkpoint import GRANULARITY, Checkpoint, find, low_name
 from qfsbackup.vm.bitmaps.low_water import add_all_set, marking
-from qfsbackup.vm.look.graph import Disk, look_at_nodes
+from qfsbackup.vm.look.graph import Device, look_at_nodes
 from qfsbackup.vm.monitor import Monitor, QmpRefusedError
 from qfsbackup.vm.node import remove_node, undoing
 from qfsbackup.vm.owner import NEW, PREFIX, add_mark
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 MAP = f"{PREFIX}map"
 PERSISTENT = frozenset(["qcow2"])  # raw: "Can't store persistent bitmaps" (QEMU 7.2, 10.0)
 
-Started = Sequence[tuple[Disk, Checkpoint]]
-Maps = Sequence[tuple[str, Disk, Checkpoint]]  # a node of ours for each disk that has a base
+Started = Sequence[tuple[Device, Checkpoint]]
+Maps = Sequence[tuple[str, Device, Checkpoint]]  # a node of ours for each disk that has a base
 
 
 @dataclass(slots=True)
@@ -63,7 +63,7 @@ async def recording(qmp: Monitor, started: Started, state: Kept, *, in_image: bo
             await _remove_marks(qmp, await _not_in_use(qmp, started))
 
 
-async def _add(qmp: Monitor, disk: Disk, point: Checkpoint, all_set: Mapping[str, str], *, in_image: bool) -> str:
+async def _add(qmp: Monitor, disk: Device, point: Checkpoint, all_set: Mapping[str, str], *, in_image: bool) -> str:
     """Add a disk's new bitmap and its companion; why they end with QEMU, empty where the image holds them."""
     reason = "bitmaps=transient"
     if in_image:
@@ -80,7 +80,7 @@ async def _add(qmp: Monitor, disk: Disk, point: Checkpoint, all_set: Mapping[str
 
 
 async def _add_both(
-    qmp: Monitor, disk: Disk, point: Checkpoint, all_set: Mapping[str, str], *, persistent: bool
+    qmp: Monitor, disk: Device, point: Checkpoint, all_set: Mapping[str, str], *, persistent: bool
 ) -> None:
     new = {"node": disk.format.name, "name": point.new, "granularity": GRANULARITY, "persistent": persistent}
     low = add_all_set(disk.format.name, low_name(point.new), GRANULARITY, persistent, all_set)
@@ -121,7 +121,7 @@ async def keep(qmp: Monitor, state: Kept, started: Started) -> None:
     await _remove(qmp, [(disk, n) for disk, point in started if point.base for n in (point.old, low_name(point.old))])
 
 
-async def _remove(qmp: Monitor, bitmaps: Sequence[tuple[Disk, str]]) -> None:
+async def _remove(qmp: Monitor, bitmaps: Sequence[tuple[Device, str]]) -> None:
     for disk, name in bitmaps:
         node = disk.format.name
         with undoing(f"remove the bitmap {name} of {node}"):

@@ -7,10 +7,10 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from qfsbackup.facts import Known
-from qfsbackup.vm.bitmaps.checkpoint import Checkpoint, plan
+from qfsbackup.vm.bitmaps.checkpoint import Checkpoint, starting_point
 from qfsbackup.vm.bitmaps.leftovers import Outcome, remove_all
 from qfsbackup.vm.look.content import content_of
-from qfsbackup.vm.look.graph import Disk, Machine
+from qfsbackup.vm.look.graph import Device, Machine
 from qfsbackup.vm.look.names import shifts
 from qfsbackup.vm.look.sharing import shared
 from qfsbackup.vm.monitor import Monitor
@@ -28,7 +28,7 @@ SNAPSHOTS = (
 
 
 async def starting_points(
-    qmp: Monitor, machine: Machine, disks: Sequence[Disk], target: str | None, known: Known | None, source: str
+    qmp: Monitor, machine: Machine, disks: Sequence[Device], target: str | None, known: Known | None, source: str
 ) -> Mapping[str, Checkpoint]:
     """By the disk's name, for those that are written to; none without a target. Raises QmpError.
 
@@ -48,15 +48,15 @@ async def starting_points(
             await _remove(qmp, disk, target)
         _warn(disk, target, source)
         content = await content_of(machine.nodes, disk.format)
-        found[disk.name] = plan(disk, target, known.generation(disk.name), known.bases, content, by_others)
+        found[disk.name] = starting_point(disk, target, known.generation(disk.name), known.bases, content, by_others)
     return found
 
 
-async def _remove(qmp: Monitor, disk: Disk, target: str) -> None:
+async def _remove(qmp: Monitor, disk: Device, target: str) -> None:
     report(await remove_all(qmp, lambda one: one.node == disk.format.name and one.target == target))
 
 
-def _warn(disk: Disk, target: str, source: str) -> None:
+def _warn(disk: Device, target: str, source: str) -> None:
     if shifts(disk.name):
         log.warning(SHIFTING, disk.name)
     if disk.format.snapshots:

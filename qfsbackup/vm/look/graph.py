@@ -43,25 +43,25 @@ class Node:
 
 
 @dataclass(frozen=True, slots=True)
-class Disk:
-    """A guest block device. `chain` leads from the root node through filters to the format node; empty: no medium."""
+class Device:
+    """A guest block device. `nodes` lead from the root node through filters to the format node; empty: no medium."""
 
     name: str
     qdev: str  # absolute QOM path of what has the `drive` property
     kind: str  # QOM type: virtio-blk-device, scsi-hd, ide-cd, cfi.pflash01, ...
     removable: bool
     iothread: bool
-    chain: tuple[Node, ...]
+    nodes: tuple[Node, ...]
     backend: str = ""  # what `Graph.roots` calls it
 
     @property
     def root(self) -> Node:
-        return self.chain[0]
+        return self.nodes[0]
 
     @property
     def format(self) -> Node:
         """The node the guest's data is described by: format, bitmaps."""
-        return self.chain[-1]
+        return self.nodes[-1]
 
     @property
     def cdrom(self) -> bool:
@@ -86,7 +86,7 @@ class Machine:
     uuid: str | None
     status: str  # QEMU's run state: running, paused, prelaunch, shutdown, ...
     migration: str | None  # status of the migration that QEMU remembers, if any
-    disks: tuple[Disk, ...]
+    disks: tuple[Device, ...]
     nodes: Mapping[str, Node]
     exports: tuple[Mapping[str, Any], ...]
 
@@ -125,7 +125,7 @@ async def look_at_nodes(qmp: Monitor) -> Mapping[str, Node]:
         for node in await qmp.execute("query-named-block-nodes", {"flat": True})
     }
     for job, top in graph.jobs:
-        for node in chain(found, top):
+        for node in nodes_under(found, top):
             found[node.name] = replace(node, jobs=(*node.jobs, job))
     return found
 
@@ -170,11 +170,11 @@ async def _look_at_devices(qmp: Monitor) -> tuple[Mapping[str, Node], list[Mappi
     )
 
 
-async def _disks(qmp: Monitor, nodes: Mapping[str, Node], blocks: Sequence[Mapping[str, Any]]) -> tuple[Disk, ...]:
+async def _disks(qmp: Monitor, nodes: Mapping[str, Node], blocks: Sequence[Mapping[str, Any]]) -> tuple[Device, ...]:
     places = [Place(block["qdev"], block["device"], root_name(block)) for block in blocks]
     return tuple(
         [
-            await _disk(qmp, name, block, chain(nodes, place.node))
+            await _disk(qmp, name, block, nodes_under(nodes, place.node))
             for name, place, block in zip(disk_names(places), places, blocks, strict=True)
         ]
     )
@@ -186,7 +186,7 @@ def root_name(block: Mapping[str, Any]) -> str:
     return name
 
 
-def chain(nodes: Mapping[str, Node], root: str) -> tuple[Node, ...]:
+def nodes_under(nodes: Mapping[str, Node], root: str) -> tuple[Node, ...]:
     """The node `root` and what is below it, down to the first that is not a filter."""
     found: list[Node] = []
     while root in nodes:
@@ -201,15 +201,15 @@ def filtered_child(node: Node) -> str:
     return node.children.get("file") or node.children.get("backing", "")
 
 
-async def _disk(qmp: Monitor, name: str, block: Mapping[str, Any], nodes: Sequence[Node]) -> Disk:
+async def _disk(qmp: Monitor, name: str, block: Mapping[str, Any], nodes: Sequence[Node]) -> Device:
     path = qom_path(block["qdev"])
-    return Disk(
+    return Device(
         name=name,
         qdev=path,
         kind=await device_property(qmp, path, "type") or "",
         removable=block["removable"],
         iothread=await _in_iothread(qmp, path),
-        chain=tuple(nodes),
+        nodes=tuple(nodes),
         backend=block["device"] or block["qdev"],
     )
 

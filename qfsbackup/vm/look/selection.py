@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from qfsbackup.errors import EXIT_USAGE, UserError
-from qfsbackup.vm.look.graph import Disk, Machine
+from qfsbackup.vm.look.graph import Device, Machine
 from qfsbackup.vm.owner import PREFIX
 
 OLDEST = (7, 1, 0)  # copy-before-write has on-cbw-error since
@@ -16,7 +16,7 @@ UNUSABLE_STATES = frozenset(["colo", "finish-migrate", "inmigrate", "postmigrate
 MIGRATION_OVER = frozenset([None, "none", "completed", "failed", "cancelled"])
 
 
-def choose(machine: Machine, wanted: Collection[str], excluded: Collection[str]) -> tuple[Disk, ...]:
+def choose(machine: Machine, wanted: Collection[str], excluded: Collection[str]) -> tuple[Device, ...]:
     """The disks named in `wanted` (none: all that are writable and have a medium), without those in `excluded`.
 
     Raises UserError for a name that the VM does not have, a wanted disk without a medium, and when none is left.
@@ -27,16 +27,16 @@ def choose(machine: Machine, wanted: Collection[str], excluded: Collection[str])
     else:
         chosen = [disk for disk in machine.disks if disk.name not in excluded and not left_out(disk)]
     for disk in chosen:
-        if not disk.chain:
+        if not disk.nodes:
             raise UserError(f"disk {disk.name} has no medium", "Insert one, or leave the disk out.")
     if not chosen:
         raise UserError("the VM has no disk to snapshot", f"Its drives are: {_list(machine)}.")
     return tuple(chosen)
 
 
-def left_out(disk: Disk) -> str:
+def left_out(disk: Device) -> str:
     """Why a disk is left out unless somebody names it; empty where it is not."""
-    if not disk.chain:
+    if not disk.nodes:
         return "no medium"
     if disk.cdrom:
         return "a CD-ROM"
@@ -62,7 +62,7 @@ def refuse_machine(machine: Machine) -> None:
         )
 
 
-def refuse_disks(machine: Machine, disks: Iterable[Disk]) -> None:
+def refuse_disks(machine: Machine, disks: Iterable[Device]) -> None:
     """Raise UserError where a snapshot of one of these disks would hurt the guest or somebody else's work."""
     for disk in disks:
         _refuse_second_device(machine, disk)
@@ -72,13 +72,13 @@ def refuse_disks(machine: Machine, disks: Iterable[Disk]) -> None:
                 f"disk {disk.name} is in an iothread, which QEMU {version} does not survive",
                 "Leave it out (exclude=), start the VM without iothread=, or use QEMU 8.2 or newer.",
             )
-        if any(node.driver == "copy-before-write" for node in disk.chain):
+        if any(node.driver == "copy-before-write" for node in disk.nodes):
             raise UserError(
                 f"another backup of disk {disk.name} is running", "Wait for its end, or leave the disk out."
             )
         # A mirror watches the guest's writes in a filter of its own, which our filter would take out of the guest's
         # way: the copy that the guest then goes on with lacks these writes (seen with QEMU 10.0).
-        jobs = sorted({job for node in disk.chain for job in node.jobs})
+        jobs = sorted({job for node in disk.nodes for job in node.jobs})
         if jobs:
             raise UserError(
                 f"a block job of disk {disk.name} is running ({', '.join(jobs)}): a backup, mirror, commit or stream",
@@ -86,12 +86,12 @@ def refuse_disks(machine: Machine, disks: Iterable[Disk]) -> None:
             )
 
 
-def _refuse_second_device(machine: Machine, disk: Disk) -> None:
+def _refuse_second_device(machine: Machine, disk: Device) -> None:
     """QEMU gives one device after the other our filter, and none while another one still writes past it ("Permission
     conflict", 7.2 and 10.0); a backup job's filter takes all at once, but lets the guest see its errors before 10.1.
     """
-    below = {node.name for node in disk.chain}
-    sharing = sorted(other.name for other in machine.disks if below & {node.name for node in other.chain})
+    below = {node.name for node in disk.nodes}
+    sharing = sorted(other.name for other in machine.disks if below & {node.name for node in other.nodes})
     if len(sharing) > 1 and not disk.root.read_only:
         raise UserError(
             f"{' and '.join(sharing)} are one disk behind {len(sharing)} devices (block node {disk.root.name}): QEMU"

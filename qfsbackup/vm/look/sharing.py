@@ -18,14 +18,14 @@ from pathlib import Path
 
 from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.vm.look.content import LOOK_TIMEOUT, image_path
-from qfsbackup.vm.look.graph import Disk, Node, device_property
+from qfsbackup.vm.look.graph import Device, Node, device_property
 from qfsbackup.vm.monitor import Monitor
 
 OTHERS_MUST_NOT_WRITE = 201  # RAW_LOCK_SHARED_BASE + BLK_PERM_WRITE's number
 FLOCK = "hhqqi4x"  # struct flock of fcntl(2) on 64-bit Linux: type, whence, start, length, pid
 
 
-async def shared(qmp: Monitor, disk: Disk, nodes: Mapping[str, Node]) -> str:
+async def shared(qmp: Monitor, disk: Device, nodes: Mapping[str, Node]) -> str:
     """Why others may write to the disk; empty where they may not, or where it cannot be told. Raises QmpError."""
     if await device_property(qmp, disk.qdev, "share-rw") is True:
         return "others may write to it: its device has share-rw=on"

@@ -31,6 +31,7 @@ from qfsbackup.vm.monitor import Monitor, QmpError
 from qfsbackup.vm.monitors.qmp_socket import connect
 from qfsbackup.vm.node import undoing
 from qfsbackup.vm.presence import listens
+from qfsbackup.vm.quirks import text
 from qfsbackup.vm.snapshot import Served, Taken, take
 
 log = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ class QemuSource:
             exports=tuple(self._export(served) for served in taken.served),
             frozen=taken.frozen,
             pause_ms=taken.pause_ms,
-            details={"qemu": ".".join(map(str, machine.version)), "disks_left_out": left},
+            details={"qemu": text(machine.version), "disks_left_out": left},
             config=config,
         )
 

@@ -72,9 +72,9 @@ class FleecingFile:
     def copied(self) -> RangeSet:
         """Where the file holds data: what the guest has overwritten since the instant, zeros perhaps left out.
 
-        QEMU before 8.0 can report such a range as zero when the guest has trimmed it (see vm/snapshot.py,
-        REQUEST_UNIT_BEFORE). It is copied before the guest's trim is carried out, so that looking here *after* QEMU has
-        answered never misses one.
+        QEMU before 8.0 can report such a range as zero when the guest has trimmed it (see quirks.request_unit).
+        It is copied before the guest's trim is carried out, so that looking here *after* QEMU has answered never misses
+        one.
         """
         found = RangeSet()
         size, end = os.fstat(self._file.fileno()).st_size, 0

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from qfsbackup.vm.fleecing import FDSET
-from qfsbackup.vm.look.graph import Graph, look_at_graph
+from qfsbackup.vm.look.graph import Graph, look_at_graph, look_at_version
 from qfsbackup.vm.monitor import Monitor
 from qfsbackup.vm.owner import FROZEN, LINE, NEW, PREFIX, line_holds
-
-KEEPS_FDSETS_BEFORE = (9, 0, 0)  # a VM that does not run keeps removed fdsets (monitor_fdset_cleanup of QEMU 7.2)
+from qfsbackup.vm.quirks import keeps_fdsets
 
 
 async def left(qmp: Monitor) -> list[str]:
@@ -43,9 +42,7 @@ def _ours(fdset: Mapping[str, Any]) -> bool:
 
 
 async def _forgets_fdsets(qmp: Monitor) -> bool:
-    version = (await qmp.execute("query-version"))["qemu"]
-    new = (version["major"], version["minor"], version["micro"]) >= KEEPS_FDSETS_BEFORE
-    return new or bool((await qmp.execute("query-status"))["running"])
+    return not keeps_fdsets(await look_at_version(qmp)) or bool((await qmp.execute("query-status"))["running"])
 
 
 def _describe(name: str, graph: Graph) -> str:

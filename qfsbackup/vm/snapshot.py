@@ -23,7 +23,6 @@ from pathlib import Path
 import trio
 
 from qfsbackup.errors import UserError
-from qfsbackup.facts import CLUSTER
 from qfsbackup.vm.bitmaps.checkpoint import Checkpoint
 from qfsbackup.vm.bitmaps.recording import MAP, Kept, Started, add_maps, copy_maps, keep, recording, restart
 from qfsbackup.vm.fleecing import FleecingFile, fleecing_file, left_while_hanging
@@ -34,17 +33,11 @@ from qfsbackup.vm.monitor import Monitor
 from qfsbackup.vm.node import node, put_in, remove_node, take_out
 from qfsbackup.vm.owner import FROZEN, PREFIX, add_mark, owned
 from qfsbackup.vm.pause import Pause, running, stopped
+from qfsbackup.vm.quirks import cbw_timeout, request_unit, tells_allocation
 from qfsbackup.vm.second_look import Filtered, look_after, look_at_device, look_before
 from qfsbackup.vm.server import listening_socket, nbd_server
 
 FLEECING, FILTER, ACCESS = f"{PREFIX}fleecing-", f"{PREFIX}filter-", f"{PREFIX}access-"  # + the disk's number
-# Before QEMU 8.0 a request that begins in an overwritten cluster and ends in one that is not is answered with what the
-# guest has written since (hbitmap_status, fixed by a4d5224c2c and never in 7.2's stable releases; seen with 7.2.22).
-REQUEST_UNIT_BEFORE = (8, 0, 0)
-# Block status through snapshot-access aborts QEMU (assertion on RECURSE and ZERO in block/io.c): from .. fixed in.
-ALLOCATION_ABORTS = (((7, 1, 0), (7, 2, 9)), ((8, 0, 0), (8, 1, 5)), ((8, 2, 0), (8, 2, 1)))
-CBW_TIMEOUT = 45  # seconds a guest write may wait for the fleecing file; virtio-win resets a disk after 60
-CBW_TIMEOUT_32_BIT = 4  # before QEMU 9.1 nanoseconds were kept in 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +121,8 @@ def _served(
     checkpoint: Checkpoint | None,
     transient: str | None,
 ) -> Served:
-    unit = CLUSTER if machine.version < REQUEST_UNIT_BEFORE else None
-    aborts = any(first <= machine.version < fixed for first, fixed in ALLOCATION_ABORTS)
-    return Served(disk, f"{PREFIX}{number}", file, checkpoint, unit, not aborts, transient)
+    unit, allocation = request_unit(machine.version), tells_allocation(machine.version)
+    return Served(disk, f"{PREFIX}{number}", file, checkpoint, unit, allocation, transient)
 
 
 @dataclass(slots=True)
@@ -210,7 +202,7 @@ def _filter(machine: Machine, number: int, disk: Device) -> Mapping[str, object]
         "file": disk.root.name,
         "target": f"{FLEECING}{number}",
         "on-cbw-error": "break-snapshot",
-        "cbw-timeout": CBW_TIMEOUT if machine.version >= (9, 1, 0) else CBW_TIMEOUT_32_BIT,
+        "cbw-timeout": cbw_timeout(machine.version),
         "discard": "unmap",  # or the guest's trims would be dropped
     }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from qfsbackup.vm.quirks import CBW_TIMEOUT, cbw_timeout
 from tests.e2e.support import left_as_it_was
 from tests.faults.stores import brittle_store, small_store
 from tests.faults.support import nothing_of_ours, reads, said, unmounted, until, until_eio
@@ -114,7 +115,7 @@ async def test_run_does_not_commit_what_broke_after_it_was_read(qemu: Qemu, tmp_
 
 async def test_a_store_that_stands_still_holds_up_a_write_no_longer_than_promised(qemu: Qemu, tmp_path: Path) -> None:
     """QEMU before 9.1 gives up after 4 s; newer ones wait 45 s, so here the store comes back before that."""
-    impatient = qemu.version < (9, 1, 0)
+    impatient = cbw_timeout(qemu.version) < CBW_TIMEOUT
     async with brittle_store(tmp_path) as fleece, writing_vm(qemu, tmp_path) as vm, left_as_it_was(vm):
         options = f"fleece={fleece}"
         async with mounted(vm.qmp, tmp_path / "mnt", options, expected=(2 if impatient else 0,)) as mount:

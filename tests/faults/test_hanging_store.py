@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from qfsbackup.vm.quirks import CBW_TIMEOUT, cbw_timeout
 from tests.e2e.support import idle_vm, left_as_it_was
 from tests.faults.stores import hanging_store
 from tests.faults.support import ended, nothing_of_ours, until, until_eio
@@ -32,7 +33,7 @@ async def test_a_store_that_hangs_hangs_neither_the_mount_nor_qemu(qemu: Qemu, t
             assert (await mount.fresh_status())["fleecing"]["used"] > 0
             worker = await mount.worker()
             store.stop()
-            if qemu.version < (9, 1, 0):  # newer ones wait 45 s
+            if cbw_timeout(qemu.version) < CBW_TIMEOUT:
                 await guest_io(vm, "vda", "write -P 6 1M 64k")
 
             async def is_broken() -> bool:

@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from qfsbackup.vm.quirks import request_unit
 from tests.harness.disk import MIB, Disk
 from tests.harness.files import make_random
 from tests.harness.mount import Mount, Result, aside, mounted, qfsbackup, taken_away
@@ -127,7 +128,7 @@ class Round:
         status = self._json("status.json")
         instant = datetime.fromisoformat(status["instant"]).timestamp()
         probes = (int((self.folder / "ended").read_text()) - int(instant)) // 2 + 2
-        probed = probes * len(status["disks"]) * (512 if self.qemu.version >= (8, 0, 0) else CHUNK)
+        probed = probes * len(status["disks"]) * (request_unit(self.qemu.version) or 512)
         read = sum(disk["nbd_bytes"] for disk in status["disks"].values())
         assert read <= chunks * CHUNK * 1.02 + probed, f"{read} bytes of {chunks} chunks, {probes} times probed"
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qfsbackup.vm.owner import PREFIX
+from qfsbackup.vm.quirks import keeps_fdsets
 from tests.machine.world import World
 
 
@@ -88,6 +89,6 @@ def _children(world: World) -> dict[str, str]:
 
 def _fdsets(world: World) -> list[str]:
     """What was said of each descriptor. QEMU 7.2 forgets a removed fdset only while the VM runs."""
-    if world.qemu.version < (9, 0, 0) and world.qmp("query-status")["status"] != "running":
+    if keeps_fdsets(world.qemu.version) and world.qmp("query-status")["status"] != "running":
         return []
     return [str(fd.get("opaque")) for fdset in world.qmp("query-fdsets") for fd in fdset["fds"]]

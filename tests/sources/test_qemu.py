@@ -13,6 +13,7 @@ import trio
 from qfsbackup.errors import UserError
 from qfsbackup.vm.monitor import COMMAND_TIMEOUT
 from qfsbackup.vm.monitors import qmp_socket as qmp_module
+from qfsbackup.vm.quirks import request_unit, text
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu
 from tests.harness.vm import UUID, Vm, running_vm
@@ -30,7 +31,7 @@ async def test_a_snapshot_tells_what_it_is(qemu: Qemu, tmp_path: Path) -> None:
         async with source.snapshot() as snapshot:
             assert start < snapshot.instant < time.time_ns()
             assert (snapshot.vm, snapshot.uuid, snapshot.frozen, snapshot.pause_ms) == ("web1", UUID, False, 0.0)
-            assert snapshot.details["qemu"] == ".".join(map(str, qemu.version))
+            assert snapshot.details["qemu"] == text(qemu.version)
             assert snapshot.details["disks_left_out"] == {"cd": "a CD-ROM"}
             assert json.loads(snapshot.config["qemu.json"])["name"] == {"name": "web1"}
             [export] = snapshot.exports
@@ -41,7 +42,7 @@ async def test_a_snapshot_tells_what_it_is(qemu: Qemu, tmp_path: Path) -> None:
                 "file": str(tmp_path / "vda.qcow2"),
                 "cluster": 64 * 1024,
             }
-            assert export.request_unit == (64 * 1024 if qemu.version < (8, 0, 0) else None)
+            assert export.request_unit == request_unit(qemu.version)
             assert source.status.disks["vda"].size == 3 * MIB
         assert source.status.vm_gone is None
 

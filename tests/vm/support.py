@@ -11,6 +11,7 @@ import trio
 from qfsbackup.facts import CLUSTER, Export
 from qfsbackup.sources.qemu import QemuSource
 from qfsbackup.status import Status
+from qfsbackup.vm.quirks import keeps_fdsets
 from tests.harness.vm import Vm
 
 
@@ -26,7 +27,7 @@ async def held(vm: Vm) -> dict[str, Any]:
     nodes = await run("query-named-block-nodes", flat=True)
     status = (await run("query-status"))["status"]
     # QEMU 7.2 forgets a removed fdset only while the VM runs (monitor_fdset_cleanup).
-    fdsets = [] if vm.qemu.version < (9, 0, 0) and status != "running" else await run("query-fdsets")
+    fdsets = [] if keeps_fdsets(vm.qemu.version) and status != "running" else await run("query-fdsets")
     return {
         "nodes": sorted((node["node-name"], node["drv"], node["ro"]) for node in nodes),
         "sizes": sorted((node["node-name"], node["image"]["virtual-size"]) for node in nodes),

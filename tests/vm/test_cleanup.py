@@ -15,6 +15,7 @@ from qfsbackup.errors import UserError
 from qfsbackup.vm.cleanup import cleanup
 from qfsbackup.vm.monitors.qmp_socket import connect
 from qfsbackup.vm.owner import PREFIX
+from qfsbackup.vm.quirks import keeps_fdsets
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu
 from tests.harness.vm import Vm, running_vm
@@ -161,4 +162,4 @@ async def test_a_vm_that_stands_still_keeps_no_space(paused_vm: Vm, tmp_path: Pa
             await process.wait()
             await clean(paused_vm)
     assert sum(held_space(paused_vm)) == 0
-    assert held_space(paused_vm) == ([0, 0] if paused_vm.qemu.version < (9, 0, 0) else [])
+    assert held_space(paused_vm) == ([0, 0] if keeps_fdsets(paused_vm.qemu.version) else [])

@@ -14,6 +14,7 @@ from typing import Any
 from qfsbackup.errors import UserError
 from qfsbackup.vm.look.names import Place, disk_names, qom_path
 from qfsbackup.vm.monitor import Monitor, QmpRefusedError
+from qfsbackup.vm.quirks import Version
 
 # Drivers that pass the guest's bytes through unchanged (`is_filter` in QEMU 10's block/*.c).
 FILTERS = frozenset(
@@ -81,7 +82,7 @@ class Graph:
 class Machine:
     """A VM as it was when `look` looked."""
 
-    version: tuple[int, int, int]
+    version: Version
     name: str | None
     uuid: str | None
     status: str  # QEMU's run state: running, paused, prelaunch, shutdown, ...
@@ -93,11 +94,10 @@ class Machine:
 
 async def look(qmp: Monitor) -> Machine:
     """The facts about a VM. Raises QmpError, and UserError where its block nodes change at every look."""
-    version = (await qmp.execute("query-version"))["qemu"]
     uuid = (await qmp.execute("query-uuid"))["UUID"]
     nodes, blocks = await _look_at_devices(qmp)
     return Machine(
-        version=(version["major"], version["minor"], version["micro"]),
+        version=await look_at_version(qmp),
         name=(await qmp.execute("query-name")).get("name"),
         uuid=None if uuid == NIL_UUID else uuid,
         status=(await qmp.execute("query-status"))["status"],
@@ -106,6 +106,12 @@ async def look(qmp: Monitor) -> Machine:
         nodes=nodes,
         exports=tuple(await qmp.execute("query-block-exports")),
     )
+
+
+async def look_at_version(qmp: Monitor) -> Version:
+    """QEMU's own. Raises QmpError."""
+    version = (await qmp.execute("query-version"))["qemu"]
+    return version["major"], version["minor"], version["micro"]
 
 
 async def look_at_nodes(qmp: Monitor) -> Mapping[str, Node]:

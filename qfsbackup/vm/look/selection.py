@@ -8,10 +8,8 @@ from collections.abc import Collection, Iterable
 from qfsbackup.errors import EXIT_USAGE, UserError
 from qfsbackup.vm.look.graph import Device, Machine
 from qfsbackup.vm.owner import PREFIX
+from qfsbackup.vm.quirks import OLDEST, survives_iothread, text
 
-OLDEST = (7, 1, 0)  # copy-before-write has on-cbw-error since
-# CVE-2024-7409's backport aborts QEMU when an NBD client leaves an export in an iothread; fixed by f816310d0c in 8.2.
-IOTHREAD_ABORTS = ((7, 2, 14), (8, 2, 0))
 UNUSABLE_STATES = frozenset(["colo", "finish-migrate", "inmigrate", "postmigrate", "restore-vm", "save-vm", "shutdown"])
 MIGRATION_OVER = frozenset([None, "none", "completed", "failed", "cancelled"])
 
@@ -46,9 +44,9 @@ def left_out(disk: Device) -> str:
 def refuse_machine(machine: Machine) -> None:
     """Raise UserError where no snapshot can be taken of this VM at all, now or ever."""
     if machine.version < OLDEST:
-        version = ".".join(map(str, machine.version))
         raise UserError(
-            f"QEMU {version} is too old", "A guest is safe from backup errors since QEMU 7.1: use a newer one."
+            f"QEMU {text(machine.version)} is too old",
+            "A guest is safe from backup errors since QEMU 7.1: use a newer one.",
         )
     if machine.status in UNUSABLE_STATES:
         raise UserError(f"the VM is in the state {machine.status}", "Try again when it runs or is paused.")
@@ -66,10 +64,9 @@ def refuse_disks(machine: Machine, disks: Iterable[Device]) -> None:
     """Raise UserError where a snapshot of one of these disks would hurt the guest or somebody else's work."""
     for disk in disks:
         _refuse_second_device(machine, disk)
-        if disk.iothread and IOTHREAD_ABORTS[0] <= machine.version < IOTHREAD_ABORTS[1]:
-            version = ".".join(map(str, machine.version))
+        if disk.iothread and not survives_iothread(machine.version):
             raise UserError(
-                f"disk {disk.name} is in an iothread, which QEMU {version} does not survive",
+                f"disk {disk.name} is in an iothread, which QEMU {text(machine.version)} does not survive",
                 "Leave it out (exclude=), start the VM without iothread=, or use QEMU 8.2 or newer.",
             )
         if any(node.driver == "copy-before-write" for node in disk.nodes):

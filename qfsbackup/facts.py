@@ -113,3 +113,8 @@ class Offer:
     size: int
     can_trim: bool
     contexts: tuple[str, ...]  # the NBD meta contexts it has
+
+
+def is_chunk_size(size: int) -> bool:
+    """A power of two, from 64 KiB, which is what a dirty bitmap tells apart by default, to 1 TiB."""
+    return 64 << 10 <= size <= 1 << 40 and size & (size - 1) == 0

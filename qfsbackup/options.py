@@ -1,27 +1,31 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The options behind `-o`, as mount(8), fstab and our own commands hand them over.
 
-Unknown ones are refused by name: a misspelt `exclude=` must not silently back up what should stay out.
+An option is one field of Options: its name with - for _, its parser, what --help and README.md say of it. Unknown ones
+are refused by name: a misspelt `exclude=` must not silently back up what should stay out.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 from qfsbackup.errors import EXIT_USAGE, UserError
-from qfsbackup.facts import CLUSTER
-from qfsbackup.fs.grid import is_chunk_size
-from qfsbackup.sources.uri import is_nbd_uri
-from qfsbackup.state.files import FOLDER
+from qfsbackup.facts import CLUSTER, is_chunk_size
+from qfsbackup.sizes import parse_size
 
 Freeze = Literal["auto", "require", "off"]
 Access = Literal["full", "dirty"]
 Discard = Literal["off", "release"]
 Bitmaps = Literal["persistent", "transient"]
+Parse = Callable[[str], object]  # raises ValueError with what the value should be
+
+STATES = Path("/var/lib/qfsbackup")  # where chains are kept unless somebody says otherwise
+FLEECE = Path("/var/tmp")  # noqa: S108  # files there have no name, so nobody can guess or replace them
 
 # What mount(8), fstab(5) and systemd.mount(5) put there for themselves.
 MOUNT_OWN = re.compile(
@@ -29,146 +33,149 @@ MOUNT_OWN = re.compile(
     r"(no)?(exec|suid|dev|atime|diratime|relatime|strictatime|lazytime)|(a)?sync|loud|silent"
 )
 
-SIZES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
+def _like(pattern: str, made: Callable[[str], object], otherwise: str) -> Parse:
+    """A parser of what matches as a whole."""
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What a mount is asked to be; sizes in bytes."""
-
-    fleece: Path = Path("/var/tmp")  # noqa: S108  # files there have no name, so nobody can guess or replace them
-    fleece_limit: int | None = None  # over all disks
-    freeze: Freeze = "auto"
-    agent: Path | None = None  # the guest agent's socket
-    disks: tuple[str, ...] = ()  # empty: all that are written to
-    exclude: tuple[str, ...] = ()
-    bwlimit: int | None = None  # bytes per second
-    connections: int = 4  # for each disk
-    uid: int = 0
-    gid: int = 0
-    mode: int | None = None
-    read_only: bool = False  # `ro`; of `ro` and `rw` the later one counts, as mount(8) has it
-    vm: str | None = None
-    bitmap: str | None = None  # NBD sources: the dirty bitmap that is the map
-    target: str | None = None  # the backup destination whose chain this mount continues
-    state: Path = FOLDER  # where chains are kept
-    bitmaps: Bitmaps = "persistent"
-    chunk: int | None = None  # bytes
-    access: Access = "full"
-    discard: Discard = "off"
-    trim_server_data: bool = False  # NBD sources: may what is given back be trimmed on the server
-
-
-def parse_size(text: str) -> int:
-    """`text` in bytes; a suffix k, M, G or T (also KiB and so on) counts in powers of 1024. Raises ValueError."""
-    match = re.fullmatch(r"(\d+)([kmgt]?)(i?b)?", text.strip().lower())
-    if not match:
-        raise ValueError("a size is a number, with k, M, G or T behind it for KiB, MiB, GiB, TiB")
-    return int(match[1]) * SIZES[match[2]]
-
-
-def _positive_size(text: str) -> int:
-    size = parse_size(text)
-    if not size:
-        raise ValueError("it must be more than 0")
-    return size
-
-
-def _limit(text: str) -> int:
-    size = parse_size(text)
-    if size < CLUSTER:
-        raise ValueError("it is 64k or more: the guest's first write already takes so much")
-    return size
-
-
-def _one_of(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"it is one of {', '.join(choices)}")
-        return text
+    def parse(text: str) -> object:
+        if not re.fullmatch(pattern, text, re.DOTALL):
+            raise ValueError(otherwise)
+        return made(text)
 
     return parse
 
 
-def _target(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", text):
-        raise ValueError("it is up to 64 letters, digits and _.- and begins with a letter or a digit")
-    return text
+def _one_of(choices: object) -> Parse:
+    words = get_args(choices)
+    return _like("|".join(words), str, f"it is one of {', '.join(words)}")
 
 
-def _chunk(text: str) -> int:
-    size = parse_size(text)
-    if not is_chunk_size(size):
-        raise ValueError("it is a power of two, from 64k to 1T")
-    return size
+def _size(fits: Callable[[int], bool], otherwise: str) -> Parse:
+    def parse(text: str) -> int:
+        size = parse_size(text)
+        if not fits(size):
+            raise ValueError(otherwise)
+        return size
+
+    return parse
 
 
-def _connections(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 16:
-        raise ValueError("it is a number from 1 to 16")
-    return int(text)
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(":") if name)
 
 
-def _identity(text: str) -> int:
-    if not text.isdecimal():
-        raise ValueError("it is a number, as `id -u` and `id -g` print it")
-    return int(text)
+_flag = _like("", lambda _: True, "it has no value")
+_text = _like(".+", str, "it must not be empty")
+_path = _like(".+", lambda text: Path(text).absolute(), "it is a path")
+_names = _like(".*[^:].*", _split, "name one disk, or several with : between them")
+_identity = _like(r"\d+", int, "it is a number, as `id -u` and `id -g` print it")
+_target = _like(
+    r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}",
+    str,
+    "it is up to 64 letters, digits and _.- and begins with a letter or a digit",
+)
 
 
-def _mode(text: str) -> int:
-    if not re.fullmatch(r"0?[0-7]{3}", text):
-        raise ValueError("it is three octal digits, as in 440")
-    return int(text, 8)
+@dataclass(frozen=True, slots=True)
+class Option:
+    """`usage` is what stands behind the name; `heeded` are the commands that do something with it, `mount` aside."""
+
+    usage: str
+    parse: Parse
+    help: str
+    heeded: tuple[str, ...] = ()
 
 
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name for name in text.split(":") if name)
-    if not names:
-        raise ValueError("name one disk, or several with : between them")
-    return names
+def _option(usage: str, parse: Parse, *lines: str, heeded: tuple[str, ...] = ()) -> dict[str, Option]:
+    return {"option": Option(usage, parse, " ".join(lines), heeded)}
 
 
-def _path(text: str) -> Path:
-    if not text:
-        raise ValueError("it is a path")
-    return Path(text).absolute()
+# An option's first lines are the program's, the next ones people's.
+# fmt: off
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a mount is asked to be; sizes in bytes."""
 
+    target: str | None = field(default=None, metadata=_option(
+        "=NAME", _target,
+        "the backup destination whose chain this mount continues: incremental, once it was committed",
+    ))
+    state: Path = field(default=STATES, metadata=_option(
+        "=DIR", _path,
+        f"where chains are kept; default {STATES}. It must belong to who mounts, and to nobody else; one that you name",
+        "must exist. Losing it costs one full backup",
+        heeded=("cleanup", "checkpoints"),
+    ))
+    bitmaps: Bitmaps = field(default="persistent", metadata=_option(
+        "=transient", _one_of(Bitmaps),
+        "nothing is stored in the disks' images: a restart of QEMU costs one full backup, and internal snapshots can",
+        "be gone back to then",
+    ))
+    chunk: int | None = field(default=None, metadata=_option(
+        "=SIZE", _size(is_chunk_size, "it is a power of two, from 64k to 1T"),
+        "size of the chunks, a power of two from 64k; default 4M, more where a disk would have over 65,536",
+    ))
+    access: Access = field(default="full", metadata=_option(
+        "=dirty", _one_of(Access),
+        "only chunks that changed can be read (EIO for others), there is no images/; what the guest writes elsewhere",
+        "costs no copying",
+    ))
+    discard: Discard = field(default="off", metadata=_option(
+        "=release", _one_of(Discard),
+        "a chunk that was read whole and closed is given back; reading it again is EIO, so not for tools that read",
+        "twice (rclone and unison do)",
+    ))
+    disks: tuple[str, ...] = field(default=(), metadata=_option("=A:B", _names, "only these disks, by name"))
+    exclude: tuple[str, ...] = field(default=(), metadata=_option("=A:B", _names, "all but these"))
+    agent: Path | None = field(default=None, metadata=_option(
+        "=SOCKET", _path, "the guest agent's socket, to freeze and to thaw", heeded=("cleanup",)
+    ))
+    freeze: Freeze = field(default="auto", metadata=_option(
+        "=WHEN", _one_of(Freeze),
+        "when to freeze the guest's file systems: auto (default: with agent=, if it answers), require (fail if it does",
+        "not), off",
+    ))
+    fleece: Path = field(default=FLEECE, metadata=_option(
+        "=DIR", _path,
+        f"where old data goes that the guest overwrites; default {FLEECE}. The files there have no name and vanish",
+        "with the mount",
+    ))
+    fleece_limit: int | None = field(default=None, metadata=_option(
+        "=SIZE",
+        _size(lambda size: size >= CLUSTER, "it is 64k or more: the guest's first write already takes so much"),
+        "break the snapshot, not the guest, when they hold more than this, over all disks",
+    ))
+    bwlimit: int | None = field(default=None, metadata=_option(
+        "=SIZE", _size(bool, "it must be more than 0"), "bytes read per second, over all disks"
+    ))
+    connections: int = field(default=4, metadata=_option(
+        "=N", _like("0*([1-9]|1[0-6])", int, "it is a number from 1 to 16"),
+        "NBD connections for each disk; default 4, fewer where all disks together would have more than 96 or the",
+        "server takes no more. Of two or more, one is kept for small random reads",
+    ))
+    ro: bool = field(default=False, metadata=_option(
+        "", _flag, "nothing can be punched through the mount; of ro and rw the later one counts"
+    ))
+    uid: int = field(default=0, metadata=_option("=N", _identity, "whose the files are; default root's"))
+    gid: int = field(default=0, metadata=_option("=N", _identity, "the same for their group"))
+    mode: int | None = field(default=None, metadata=_option(
+        "=OCTAL", _like("0?[0-7]{3}", partial(int, base=8), "it is three octal digits, as in 440"),
+        "their permissions; default 0400, 0600 where a hole can be punched. With ro nobody has w",
+    ))
+    vm: str | None = field(default=None, metadata=_option(
+        "=NAME", _text, "the VM's name, in vm.json and for the state", heeded=("cleanup", "checkpoints")
+    ))
+    bitmap: str | None = field(default=None, metadata=_option(
+        "=NAME", _text, "NBD URI: the dirty bitmap that is the map"
+    ))
+    trim_server_data: bool = field(default=False, metadata=_option(
+        "", _flag,
+        "NBD URI: punching, discard=release and access=dirty trim the export, and with it the server's own data.",
+        "Without it access=dirty only refuses reads, and the other two are refused",
+    ))
+# fmt: on
 
-def _text(text: str) -> str:
-    if not text:
-        raise ValueError("it must not be empty")
-    return text
-
-
-def _flag(text: str) -> bool:
-    if text:
-        raise ValueError("it has no value")
-    return True
-
-
-PARSERS: dict[str, Callable[[str], object]] = {
-    "fleece": _path,
-    "fleece-limit": _limit,
-    "freeze": _one_of(*get_args(Freeze)),
-    "agent": _path,
-    "disks": _names,
-    "exclude": _names,
-    "bwlimit": _positive_size,
-    "connections": _connections,
-    "uid": _identity,
-    "gid": _identity,
-    "mode": _mode,
-    "vm": _text,
-    "bitmap": _text,
-    "target": _target,
-    "state": _path,
-    "bitmaps": _one_of(*get_args(Bitmaps)),
-    "chunk": _chunk,
-    "access": _one_of(*get_args(Access)),
-    "discard": _one_of(*get_args(Discard)),
-    "trim-server-data": _flag,
-}
-
+OPTIONS: dict[str, Option] = {one.name.replace("_", "-"): one.metadata["option"] for one in fields(Options)}
 
 # What people try, and what they want.
 MEANT = {
@@ -191,7 +198,7 @@ def parse_options(texts: list[str]) -> Options:
         )
     for text in words:
         if text in ("ro", "rw"):
-            found["read-only"] = text == "ro"
+            found["ro"] = text == "ro"
         elif text and not MOUNT_OWN.fullmatch(text):
             last, value = _parse(text, last)
             if last in found:
@@ -207,11 +214,10 @@ def parse_options(texts: list[str]) -> Options:
 def _parse(text: str, last: str) -> tuple[str, object]:
     """The option's name, and what its value means; `last` is the option before it."""
     name, _, value = text.partition("=")
-    parser = PARSERS.get(name)
-    if parser is None:
+    if name not in OPTIONS:
         raise UserError(f"unknown option: {name}", _hint(text, last), EXIT_USAGE)
     try:
-        return name, parser(value)
+        return name, OPTIONS[name].parse(value)
     except ValueError as error:
         raise UserError(f"option {text} cannot be understood", f"For {name}: {error}.", EXIT_USAGE) from None
 
@@ -221,32 +227,4 @@ def _hint(text: str, last: str) -> str:
         return MEANT[text]
     if last in ("disks", "exclude") and "=" not in text:
         return f"Several disks have : between them, as in {last}=vda:{text}; a comma begins another option."
-    return f"The options are: {', '.join(sorted(PARSERS))}."
-
-
-def check_fit(options: Options, source: str) -> None:
-    """Raises UserError where an option asks for what this kind of source does not have."""
-    mismatch = _server_mismatch(options) if is_nbd_uri(source) else _vm_mismatch(options)
-    if mismatch:
-        raise UserError(*mismatch, EXIT_USAGE)
-
-
-def _server_mismatch(options: Options) -> tuple[str, str] | None:
-    if options.target:
-        return "an NBD server keeps no checkpoints", "target= needs a VM's QMP socket: leave it out here."
-    if options.agent or options.freeze == "require":
-        return "an NBD server has no guest to freeze", "agent= and freeze=require need a VM's QMP socket."
-    if options.discard == "release" and not options.trim_server_data:
-        return (
-            "discard=release would trim the server's own data",
-            "Leave it out, or say that this data may go once it was read: -o trim-server-data.",
-        )
-    return None
-
-
-def _vm_mismatch(options: Options) -> tuple[str, str] | None:
-    if options.bitmap:
-        return "bitmap= is for an NBD URI", "A VM's bitmaps are kept for each target: -o target=NAME."
-    if options.trim_server_data:
-        return "trim-server-data is for an NBD URI", "A VM's snapshot is our own, and is trimmed without it."
-    return None
+    return f"The options are: {', '.join(sorted(OPTIONS))}."

@@ -12,21 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from qfsbackup.sizes import human
+
 log = logging.getLogger(__name__)
 
 LINE_EVERY = 60.0  # seconds
 
 Show = Callable[[dict[str, Any]], None]
-
-
-def human(size: int) -> str:
-    """`size` bytes with a binary unit and three digits."""
-    value, unit = float(size), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1000 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.3g} {unit}"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -12,65 +13,20 @@ from typing import NoReturn
 from qfsbackup import __version__
 from qfsbackup.cli.console import output
 from qfsbackup.errors import EXIT_USAGE, UserError
-from qfsbackup.options import PARSERS
+from qfsbackup.options import OPTIONS
 
 DESCRIPTION = "Shows one frozen instant of a running QEMU VM as ordinary files, for any backup tool."
 
 SOURCE_HELP = "a VM's QMP socket (/run/vm/web1.qmp), or an NBD URI (nbd+unix:///disk?socket=/run/nbd.sock)"
 
-OPTIONS_HELP = """\
-options, comma separated after -o:
-  target=NAME      the backup destination whose chain this continues:
-                   incremental, once it was committed
-  access=dirty     only changed chunks are readable; what the guest writes
-                   elsewhere costs no copying
-  discard=release  give a chunk back once it was read whole
-  chunk=N          size of the pieces under chunks/
-  state=DIR        where chains are kept (default /var/lib/qfsbackup; another
-                   must exist)
-  bitmaps=transient  nothing is stored in the images: QEMU's restart costs a
-                   full backup, and its snapshots can be gone back to then
-  disks=A:B        only these disks, by name
-  exclude=A:B      all but these
-  fleece=DIR       where old data goes that the guest overwrites
-                   (default /var/tmp)
-  fleece-limit=N   break the snapshot, not the guest, when that holds more
-  agent=SOCKET     the guest agent's socket
-  freeze=WHEN      freeze the guest's file systems: auto (with agent=, if it
-                   can be had; the default), require, off
-  bwlimit=N        bytes per second read
-  connections=N    NBD connections for each disk at most (default 4)
-  ro               nothing can be punched through the mount
-  uid=N gid=N      whose the files are (default: root's)
-  mode=OCTAL       their permissions (default 0400, 0600 where a hole can
-                   be punched); with ro nobody has w
-  vm=NAME          the VM's name
-  bitmap=NAME      NBD URI: the dirty bitmap that is the map
-  trim-server-data NBD URI: what is punched or released, and with access=dirty
-                   what is clean, is trimmed: the server's own data goes
+MOUNT_NOTE = """\
 Sizes take k, M, G and T. What mount(8) and fstab put there themselves
-(noauto, x-...) is accepted.
-"""
-
-
-CLEANUP_HELP = """\
-options, comma separated after -o:
-  agent=SOCKET     the guest agent's socket: thaw the guest as well
-  state=DIR        where chains are kept (default /var/lib/qfsbackup): what is
-                   committed there stays
-  vm=NAME          the VM's name, where the mount had this option
+(noauto, x-...) is accepted."""
+OTHERS_NOTE = """\
 All others that a mount takes are accepted and do nothing: give what the
-mount had.
-"""
-
-CHECKPOINTS_HELP = """\
-Of a VM that is off, name an image instead: what is in it is shown and deleted.
-
-options, comma separated after -o:
-  state=DIR        where chains are kept (default /var/lib/qfsbackup)
-  vm=NAME          the VM's name, where the mount had this option
-All others that a mount takes are accepted and do nothing.
-"""
+mount had."""
+IMAGE_NOTE = "Of a VM that is off, name an image instead: what is in it is shown and deleted.\n\n"
+OPTION_WIDTH = 17  # of the longest: fleece-limit=SIZE
 
 CHECKPOINTS_USAGE = """\
 qfsbackup checkpoints SOURCE|IMAGE.qcow2 [-o OPTIONS] [-v]
@@ -115,7 +71,7 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def _unknown(name: str, words: Sequence[str]) -> UserError:
     option = words[0].removeprefix("--").partition("=")[0]
     hint = (
-        f"{option} is an option of the mount: -o {option}=..." if option in PARSERS else f"See qfsbackup {name} --help."
+        f"{option} is an option of the mount: -o {option}=..." if option in OPTIONS else f"See qfsbackup {name} --help."
     )
     return UserError(f"qfsbackup {name}: unrecognized arguments: {' '.join(words)}", hint, EXIT_USAGE)
 
@@ -126,6 +82,16 @@ def _split_command(words: Sequence[str]) -> tuple[list[str], list[str]]:
         return list(words), []
     split = words.index("--")
     return list(words[:split]), list(words[split + 1 :])
+
+
+def _options_help(command: str, note: str) -> str:
+    """The options that `command` heeds; of those of a mount `mount` heeds all."""
+    lines = ["options, comma separated after -o:"]
+    for name, option in OPTIONS.items():
+        if command in ("mount", *option.heeded):
+            first = f"  {name + option.usage:{OPTION_WIDTH}} "
+            lines += textwrap.wrap(option.help, 80, initial_indent=first, subsequent_indent=" " * len(first))
+    return "\n".join([*lines, note])
 
 
 def _parser() -> Parser:
@@ -141,11 +107,12 @@ def _parser() -> Parser:
 
 
 def _mount_parsers(commands: argparse._SubParsersAction[Parser]) -> None:
-    mount = _command(commands, "mount", "mount a snapshot and return", OPTIONS_HELP)
+    help_text = _options_help("mount", MOUNT_NOTE)
+    mount = _command(commands, "mount", "mount a snapshot and return", help_text)
     _source(mount)
     mount.add_argument("directory", metavar="DIR", type=Path, help="where to mount")
     mount.add_argument("--foreground", action="store_true", help="stay until it is unmounted")
-    run_parser = _command(commands, "run", "mount, run a command in the mount, unmount", OPTIONS_HELP)
+    run_parser = _command(commands, "run", "mount, run a command in the mount, unmount", help_text)
     run_parser.usage = RUN_USAGE
     _source(run_parser)
     run_parser.add_argument(
@@ -163,7 +130,8 @@ def _ending_parsers(commands: argparse._SubParsersAction[Parser]) -> None:
     committing = _command(commands, "commit", "make this backup the base of the target's next one")
     committing.add_argument("directory", metavar="DIR", type=Path)
     _on_purpose(committing)
-    clean = _command(commands, "cleanup", "undo what a dead mount left in a VM; safe to repeat", CLEANUP_HELP)
+    help_text = _options_help("cleanup", OTHERS_NOTE)
+    clean = _command(commands, "cleanup", "undo what a dead mount left in a VM; safe to repeat", help_text)
     _source(clean)
 
 
@@ -171,7 +139,8 @@ def _looking_parsers(commands: argparse._SubParsersAction[Parser]) -> None:
     status = _command(commands, "status", "what is mounted, how far it was read, how full the fleecing is")
     status.add_argument("directory", metavar="DIR", type=Path, nargs="?")
     status.add_argument("--json", action="store_true", help="for programs; the README documents the shape")
-    points = _command(commands, "checkpoints", "what each target has committed of a VM", CHECKPOINTS_HELP)
+    help_text = IMAGE_NOTE + _options_help("checkpoints", OTHERS_NOTE)
+    points = _command(commands, "checkpoints", "what each target has committed of a VM", help_text)
     _source(points)
     points.usage = CHECKPOINTS_USAGE
     points.add_argument("--delete", metavar="TARGET", help="forget a target: its next backup is a full one")
@@ -214,7 +183,7 @@ def _source(parser: Parser) -> None:
 
 def helper_parser() -> Parser:
     """mount.qfsbackup's, as mount(8) calls it."""
-    parser = Parser(prog="mount.qfsbackup", description=DESCRIPTION, epilog=OPTIONS_HELP)
+    parser = Parser(prog="mount.qfsbackup", description=DESCRIPTION, epilog=_options_help("mount", MOUNT_NOTE))
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     _source(parser)
     parser.add_argument("directory", metavar="DIR", type=Path)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from qfsbackup.cli.image_bitmaps import is_image, list_bitmaps, remove_bitmaps
 from qfsbackup.facts import Committed
 from qfsbackup.options import parse_options
-from qfsbackup.progress import human
+from qfsbackup.sizes import human
 
 SHIFTS = "; the name is the drive's place, and may shift to another disk"
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from qfsbackup.mount.notify import more_time
 from qfsbackup.mount.runtime import LeftNote, frozen_by_the_dead
 from qfsbackup.mount.supervisor import in_background, in_foreground
-from qfsbackup.options import Options, check_fit, parse_options
+from qfsbackup.options import Options, parse_options
+from qfsbackup.sources.fit import check_fit
 from qfsbackup.vm.presence import listens
 from qfsbackup.vm.thaw import thaw_unheard
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from qfsbackup.log import printable
 from qfsbackup.mounts import Mount, find_mount, mounts_elsewhere, our_mounts
-from qfsbackup.progress import human
+from qfsbackup.sizes import human
 from qfsbackup.status import FORMAT
 
 

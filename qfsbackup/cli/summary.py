@@ -11,7 +11,8 @@ from contextlib import suppress
 from typing import Any
 
 from qfsbackup.log import printable
-from qfsbackup.progress import human, read_bytes
+from qfsbackup.progress import read_bytes
+from qfsbackup.sizes import human
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,7 @@ from qfsbackup.ranges import RangeSet
 
 log = logging.getLogger(__name__)
 
-SMALLEST = 64 << 10  # bytes: what a dirty bitmap tells apart by default
 USUAL = 4 << 20  # bytes
-LARGEST = 1 << 40  # bytes
 MOST = 65536  # chunks of a disk: 256 folders of 256
 
 
@@ -51,11 +49,6 @@ class Grid:
 def count(size: int, chunk: int) -> int:
     """How many chunks a disk of `size` bytes has."""
     return -(-size // chunk)
-
-
-def is_chunk_size(size: int) -> bool:
-    """Can a chunk have this size: a power of two, from 64 KiB to 1 TiB."""
-    return SMALLEST <= size <= LARGEST and size & (size - 1) == 0
 
 
 def fitting(size: int, chunk: int) -> int:

@@ -120,7 +120,7 @@ async def _serve(
         opening = open_disks(snapshot.exports, status, options.connections, bandwidth, sockets)
         disks = await stack.enter_async_context(opening)
         tree = await make_tree(snapshot, disks, chain, options, status)
-        owner = Owner(options.uid, options.gid, options.mode, options.read_only)
+        owner = Owner(options.uid, options.gid, options.mode, options.ro)
         await look_at_files(status)
         stack.push_async_callback(_last_look, status, disks)
         unmounted = await stack.enter_async_context(mounted(tree, mountpoint, source, owner, sockets))

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qfsbackup.errors import EXIT_SYSTEM, UserError
+from qfsbackup.facts import is_chunk_size
 from qfsbackup.fs.chunks import chunk_path
-from qfsbackup.fs.grid import is_chunk_size
 from qfsbackup.restore.described import HINT, Described, described
 
 

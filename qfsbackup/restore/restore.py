@@ -18,13 +18,14 @@ from typing import BinaryIO, Protocol
 
 from qfsbackup.errors import EXIT_SYSTEM, EXIT_USAGE, UserError
 from qfsbackup.facts import CLUSTER
-from qfsbackup.progress import bytes_done, human
+from qfsbackup.progress import bytes_done
 from qfsbackup.restore.chunk_set import ChunkSet, find_chunks
 from qfsbackup.restore.described import HINT, check_together
 from qfsbackup.restore.in_use import check_unused
 from qfsbackup.restore.output import Format, cannot_write, check_output, chosen_format
 from qfsbackup.restore.partitions import check_end
 from qfsbackup.restore.qcow2 import qcow2_image
+from qfsbackup.sizes import human
 
 log = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qfsbackup.errors import EXIT_SYSTEM, UserError
+from qfsbackup.options import STATES
 
 log = logging.getLogger(__name__)
 
-FOLDER = Path("/var/lib/qfsbackup")  # where states are kept unless somebody says otherwise
 JOURNALS = ("", "-journal", "-wal", "-shm")  # a hot journal left behind would be played into the next store
 READABLE = 40  # characters of a name that its file's name repeats
 
@@ -49,7 +49,7 @@ def _digest(text: str) -> str:
 def prepare_folder(folder: Path) -> None:
     """Make the usual folder where it is missing, for us alone. Raises UserError where it cannot be had or trusted."""
     try:
-        if folder == FOLDER:
+        if folder == STATES:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise _unusable(folder, error) from None

@@ -38,8 +38,9 @@ from pathlib import Path
 
 from qfsbackup.errors import UserError
 from qfsbackup.facts import Base
+from qfsbackup.options import STATES
 from qfsbackup.state.database import EVERY_TARGET, ID_BYTES, SECOND, failed, open_database, show, transaction
-from qfsbackup.state.files import FOLDER, check_folder, lock_path, locked, prepare_folder, store_path
+from qfsbackup.state.files import check_folder, lock_path, locked, prepare_folder, store_path
 
 log = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ class Store:
 @contextmanager
 def find_store(folder: Path, uuid: str | None, name: str) -> Iterator[Store | None]:
     """The same, but nothing is made; None where there is none."""
-    if folder != FOLDER or folder.exists():
+    if folder != STATES or folder.exists():
         check_folder(folder)
     if not store_path(folder, name).exists():
         yield None

@@ -10,12 +10,12 @@ import pytest
 
 from qfsbackup.errors import FsError
 from qfsbackup.fs.chunks import ChunkedDisk, ChunkFile
-from qfsbackup.fs.grid import SMALLEST, cut
+from qfsbackup.fs.grid import cut
 from qfsbackup.fs.node import Handle
 from qfsbackup.ranges import RangeSet
 from tests.fs.memory import MemoryDisk, frozen
 
-CHUNK = SMALLEST
+CHUNK = 64 << 10
 SIZE = 5 * CHUNK + 1536
 OLD, NEW = 1_000, 2_000
 NOISE = random.Random(1).randbytes(SIZE)

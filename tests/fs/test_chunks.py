@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qfsbackup.errors import FsError
+from qfsbackup.facts import is_chunk_size
 from qfsbackup.fs.chunks import ChunkedDisk
-from qfsbackup.fs.grid import MOST, USUAL, Grid, count, cut, fitting, is_chunk_size
+from qfsbackup.fs.grid import MOST, USUAL, Grid, count, cut, fitting
 from qfsbackup.fs.inodes import is_chunk, parts
 from qfsbackup.fs.node import Attributes
 from qfsbackup.ranges import RangeSet

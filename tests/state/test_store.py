@@ -111,7 +111,7 @@ def test_a_lock_goes_with_its_process(tmp_path: Path) -> None:
 
 def test_nobody_else_can_read_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "new" / "state"
-    monkeypatch.setattr("qfsbackup.state.files.FOLDER", folder)
+    monkeypatch.setattr("qfsbackup.state.files.STATES", folder)
     old = os.umask(0)
     try:
         with open_store(folder, UUID, "web1") as store, store.lock("nas"):
@@ -252,7 +252,7 @@ def test_a_folder_that_somebody_misspelt_is_not_made(tmp_path: Path) -> None:
 
 
 def test_looking_for_a_store_makes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qfsbackup.state.store.FOLDER", tmp_path / "usual")
+    monkeypatch.setattr("qfsbackup.state.store.STATES", tmp_path / "usual")
     for folder in (tmp_path, tmp_path / "usual"):
         with find_store(folder, UUID, "web1") as store:
             assert store is None

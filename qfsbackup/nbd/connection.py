@@ -23,7 +23,7 @@ from qfsbackup.errors import UserError
 from qfsbackup.facts import Sockets
 from qfsbackup.nbd.handle import Handle, handles, libnbd, where
 from qfsbackup.nbd.inflight import Done
-from qfsbackup.nbd.tasks import background
+from qfsbackup.tasks import background
 
 MAX_REQUEST = 32 << 20  # what a server takes that names no maximum (NBD protocol, "block size constraints")
 MAX_RECV = 32  # before other tasks have their turn

@@ -16,10 +16,10 @@ from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.nbd.connection import Buffer, Connection, ConnectionLostError, attached
 from qfsbackup.nbd.handle import Handle
 from qfsbackup.nbd.inflight import Done, InFlight, Job
-from qfsbackup.nbd.tasks import background
 from qfsbackup.ranges import RangeSet
 from qfsbackup.seen import Seen
 from qfsbackup.status import DiskStatus, Status
+from qfsbackup.tasks import background
 
 log = logging.getLogger(__name__)
 

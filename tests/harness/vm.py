@@ -93,7 +93,7 @@ async def running_vm(
         shell = None
         if guest:
             shell = Shell(await stack.enter_async_context(await trio.open_unix_socket(str(paths["shell"]))))
-            await _booted(shell, console)
+            await booted(shell, console)
         yield Vm(qemu, disks, paths["qmp"], paths.get("agent"), console, monitor, process, shell)
 
 
@@ -118,7 +118,7 @@ def _chardevs(fds: dict[str, int]) -> list[str | Path]:
     return result
 
 
-async def _booted(shell: Shell, console: Path) -> None:
+async def booted(shell: Shell, console: Path) -> None:
     try:
         await shell.ready(BOOT_TIMEOUT)
     except (trio.TooSlowError, EOFError) as error:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from typing import Protocol
 
-from qfsbackup.facts import Buffer, Snapshot
+from qfsbackup.errors import FsError
+from qfsbackup.facts import Snapshot
 from qfsbackup.ranges import RangeSet
-from qfsbackup.seen import Seen
 
-Answer = Callable[[Buffer | None], None]
-"""Takes what was read, or None where it did not come."""
+Buffer = bytes | bytearray | memoryview
 
-ShortRead = Callable[[Callable[[Any, Buffer | None], None], Any, int, int], bool]
-"""read(answer, token, start, length): was it taken? If so, `answer(token, content)` is called once, None as above."""
+Answer = Callable[[Buffer | FsError], None]
+"""Is called exactly once, now or later, in trio's thread, with the bytes or with why there are none. It neither waits
+nor raises."""
 
 
 class Source(Protocol):
@@ -49,49 +49,43 @@ class Disk(Protocol):
         ...
 
     @property
-    def can_trim(self) -> bool: ...
-
-    @property
-    def seen(self) -> Seen:
-        """What readers were answered. The short cut notes its part by itself; for all else whoever answers does, who
-        knows whether the whole of an answer came."""
+    def can_trim(self) -> bool:
+        """May what nobody reads any more be given back."""
         ...
 
-    @property
-    def short_cut(self) -> ShortRead | None:
-        """Reads small pieces of what is data with little ado, and refuses all else: ask `read_soon` then."""
-        ...
+    def read(self, start: int, length: int, answer: Answer) -> None:
+        """Exactly the bytes `[start, start + length)`, of which all are `data` and none was trimmed; else FsError(EIO).
 
-    def end_short_cut(self) -> None:
-        """It refuses everything from now on: some of the disk is not to be read any more."""
-        ...
-
-    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
-        """Read without a task of its own, where that can be done: call `answer` exactly once, now or later.
-
-        False where it cannot: `answer` is not called. In that case, and where it gets None, `read` has to be asked,
-        which also says what is wrong.
+        An error of one range does not affect others.
         """
         ...
 
-    async def read(self, offset: int, length: int) -> Buffer:
-        """Exactly the bytes `[offset, offset + length)`, which must lie inside the disk.
+    async def trim(self, start: int, length: int) -> None:
+        """From this call on nothing of exactly `[start, start + length)` is read any more.
 
-        Raises FsError(EIO) where they cannot be had; the other ranges are not affected by that.
+        The whole clusters that are complete now, some of them by earlier trims beside, are given back once no read of
+        them is in flight, where the disk can trim. Raises FsError(EIO) where the server refuses.
         """
-        ...
-
-    def keep_to(self, ranges: RangeSet) -> None:
-        """Whoever reads in one of these ranges will want nothing behind its end: do not read ahead over it."""
         ...
 
     async def probe(self) -> None:
-        """Ask the server for a few bytes, whatever is known of them. Raises FsError(EIO) where nothing is to be had."""
+        """Ask for a few bytes, whatever is known of them. Raises FsError(EIO) where nothing is to be had."""
         ...
 
-    async def trim(self, offset: int, length: int) -> None:
-        """Give the whole clusters in the range back; never while a read of them is in flight. Not readable afterwards.
 
-        Raises FsError(EIO) where the server refuses.
-        """
-        ...
+async def awaited(read: Callable[[int, int, Answer], None], start: int, length: int) -> Buffer:
+    """What `read` answers, for whoever has a task that can wait. Raises FsError."""
+    from trio import Event  # whoever has no event loop need not load one
+
+    answers: list[Buffer | FsError] = []
+    over = Event()
+
+    def answer(content: Buffer | FsError) -> None:
+        answers.append(content)
+        over.set()
+
+    read(start, length, answer)
+    await over.wait()
+    if isinstance(answers[0], FsError):
+        raise answers[0]
+    return answers[0]

@@ -14,14 +14,23 @@ from qfsbackup.ranges import RangeSet
 
 BitmapStatus = Literal["none", "new", "reuse", "invalid"]
 
-Buffer = bytes | bytearray | memoryview
 Sockets = dict[int, Callable[[], None]]
 """Descriptor -> what to call when it is readable, for whoever waits for the kernel and for a server at once. Calling it
 without need does no harm, and nobody has to: the event loop does it too, a little later."""
 
 CONNECTIONS = 96  # to all exports together, if there are so many connections; QEMU from 7.2.14 on takes 100
 
+USUAL_CHUNK = 4 << 20  # bytes
+MOST_CHUNKS = 65536  # of a disk: 256 folders of 256
+
 CLUSTER = 64 * 1024  # QEMU's copy-before-write unit over a raw fleecing file (block/copy-before-write.c)
+
+
+def fitting(size: int, chunk: int) -> int:
+    """`chunk`, doubled until a disk of `size` bytes has at most MOST_CHUNKS of them."""
+    while -(-size // chunk) > MOST_CHUNKS:
+        chunk *= 2
+    return chunk
 
 
 @dataclass(frozen=True, slots=True)

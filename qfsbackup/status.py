@@ -1,31 +1,18 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The live figures of one mount: every pillar counts here, `.qfsbackup/status.json` and `qfsbackup status` show it.
 
-Also the one place that knows whether the snapshot is still whole. Once it is broken it stays broken, and every read of
-every disk fails from then on: a backup that misses a piece must not look like one that does not.
-
 Nothing here waits: what storage knows is what the last look found.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-log = logging.getLogger(__name__)
+from qfsbackup.health import Health
 
 FORMAT = 2  # of the JSON; raised when a key changes its meaning or goes away
-
-
-class Counted(Protocol):
-    """What counts for itself, and was read past the counters of a disk."""
-
-    requests: int
-    asked: int  # bytes read from the NBD server
-    answered: int  # bytes answered to readers
 
 
 @dataclass(slots=True)
@@ -44,7 +31,6 @@ class DiskStatus:
     nbd_requests: int = 0  # a count
     read_bytes: int = 0  # answered to readers, zeros included
     read_errors: int = 0  # a count
-    short_cut: Counted | None = None  # what it counts comes on top
     punched: int = 0  # punched by readers
     discarded_unread: Callable[[], int] = field(default=lambda: 0)  # of what was punched: data that nobody had read
     trimmed: int = 0  # given back to the server
@@ -66,22 +52,16 @@ class Status:
 
     facts: dict[str, object] = field(default_factory=dict)
     disks: dict[str, DiskStatus] = field(default_factory=dict)
-    broken: str | None = None  # why the snapshot can no longer be read
+    health: Health = field(default_factory=Health)
     vm_gone: str | None = None  # why QEMU can no longer be reached
     unrestored: str | None = None  # what QEMU still has of ours, or why that is not known; None: nothing
     fleecing_limit: int | None = None  # bytes over all disks
-    look_at_fleecing: Callable[[], FleecingLook] | None = None  # may hang: see health.look_at_files
+    look_at_fleecing: Callable[[], FleecingLook] | None = None  # may hang: see mount/checking.py
     looked: float | None = None  # when that was done last, by the monotonic clock
     fleecing_free: int = 0  # bytes left in the fleecing folder's file system
     fleecing_peak: int = 0  # the most they held at any look
     fleecing_warning: bool = False  # will there soon be no room left
     fleecing_full_in: float | None = None  # seconds, at the rate of the last minute; None: they do not grow
-
-    def mark_broken(self, reason: str) -> None:
-        """Every read fails from now on. The first reason stays."""
-        if self.broken is None:
-            self.broken = reason
-            log.error("the snapshot is broken: %s; every read fails from now on", reason)
 
     def note(self, look: FleecingLook) -> None:
         """Remember it; the snapshot is broken where a fleecing file lost data after QEMU had written it."""
@@ -91,7 +71,7 @@ class Status:
             self.disks[name].fleecing_used = used
         self.fleecing_peak = max(self.fleecing_peak, self.fleecing_used)
         for name in look.lost:
-            self.mark_broken(f"the fleecing file of {name} could not be stored: its file system had an error")
+            self.health.mark_broken(f"the fleecing file of {name} could not be stored: its file system had an error")
 
     @property
     def fleecing_used(self) -> int:
@@ -103,8 +83,8 @@ class Status:
         return {
             "format": FORMAT,
             **self.facts,
-            "state": "broken" if self.broken else "ready",
-            "broken": self.broken,
+            "state": "broken" if self.health.broken else "ready",
+            "broken": self.health.broken,
             "vm_gone": self.vm_gone,
             "fleecing": {
                 "used": self.fleecing_used,
@@ -120,7 +100,6 @@ class Status:
 
 
 def _disk_dict(disk: DiskStatus) -> dict[str, object]:
-    more = disk.short_cut
     return {
         "size": disk.size,
         "data": disk.data,
@@ -130,9 +109,9 @@ def _disk_dict(disk: DiskStatus) -> dict[str, object]:
         "generation": disk.generation,
         "base": disk.base,
         "bitmap_transient": disk.transient,
-        "nbd_bytes": disk.nbd_bytes + (more.asked if more else 0),
-        "nbd_requests": disk.nbd_requests + (more.requests if more else 0),
-        "read_bytes": disk.read_bytes + (more.answered if more else 0),
+        "nbd_bytes": disk.nbd_bytes,
+        "nbd_requests": disk.nbd_requests,
+        "read_bytes": disk.read_bytes,
         "read_errors": disk.read_errors,
         "punched": disk.punched,
         "discarded_unread": disk.discarded_unread(),

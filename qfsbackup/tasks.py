@@ -25,3 +25,18 @@ async def background(*tasks: Callable[[], Awaitable[object]]) -> AsyncIterator[N
         if len(group.exceptions) > 1:
             raise
         raise group.exceptions[0] from None
+
+
+async def finished(begin: Callable[[Callable[[Exception | None], None]], object]) -> None:
+    """Until what `begin` begins is over: it is given what to call then, with an error or None. Raises the error."""
+    results: list[Exception | None] = []
+    over = trio.Event()
+
+    def done(error: Exception | None) -> None:
+        results.append(error)
+        over.set()
+
+    begin(done)
+    await over.wait()
+    if results[0]:
+        raise results[0]

@@ -17,6 +17,6 @@ def test_the_peak_of_the_fleecing_files_is_over_all_disks_at_once() -> None:
 
 def test_the_first_reason_why_a_snapshot_broke_stays() -> None:
     status = Status()
-    status.mark_broken("first")
-    status.mark_broken("second")
+    status.health.mark_broken("first")
+    status.health.mark_broken("second")
     assert (status.as_dict()["state"], status.as_dict()["broken"]) == ("broken", "first")

@@ -20,9 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from qfsbackup.contracts import Answer
+from qfsbackup.contracts import Answer, Buffer
 from qfsbackup.errors import FsError
-from qfsbackup.facts import Buffer
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.grid import Grid, count
 from qfsbackup.fs.inodes import Kind, inode
@@ -141,18 +140,13 @@ class ReleasingHandle:
         self._in_use = view.in_use.setdefault(number, InUse())
         self._in_use.handles += 1
 
-    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
-        return self._window.read_soon(offset, length, partial(self._saw, offset, answer))
+    def read(self, offset: int, length: int, answer: Answer) -> None:
+        self._window.read(offset, length, partial(self._saw, offset, answer))
 
-    def _saw(self, offset: int, answer: Answer, content: Buffer | None) -> None:
-        if content is not None:
+    def _saw(self, offset: int, answer: Answer, content: Buffer | FsError) -> None:
+        if not isinstance(content, FsError):
             self._seen.add(offset, offset + len(content))
         answer(content)
-
-    async def read(self, offset: int, length: int) -> Buffer:
-        content = await self._window.read(offset, length)
-        self._seen.add(offset, offset + len(content))
-        return content
 
     def seek(self, offset: int, whence: int) -> int:
         try:

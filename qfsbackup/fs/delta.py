@@ -15,7 +15,6 @@ import os
 
 from qfsbackup.contracts import Answer
 from qfsbackup.errors import FsError
-from qfsbackup.facts import Buffer
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.node import Attributes, blocks
 
@@ -41,13 +40,13 @@ class Delta:
     def open(self) -> Delta:
         return self
 
-    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:  # noqa: ARG002  # the signature is Handle's
-        return False
-
-    async def read(self, offset: int, length: int) -> Buffer:
-        """Fewer bytes only at the end of the file. Raises FsError(EIO)."""
+    def read(self, offset: int, length: int, answer: Answer) -> None:
+        """Fewer bytes only at the end of the file."""
         length = min(length, self._disk.size - offset)
-        return await self._disk.read(offset, length, self._disk.dirty) if length > 0 else b""
+        if length > 0:
+            self._disk.read(offset, length, answer, self._disk.dirty)
+        else:
+            answer(b"")
 
     def seek(self, offset: int, whence: int) -> int:
         """SEEK_DATA and SEEK_HOLE over what is dirty and was not punched. Raises FsError(ENXIO)."""

@@ -16,12 +16,10 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from qfsbackup.facts import MOST_CHUNKS, USUAL_CHUNK, fitting
 from qfsbackup.ranges import RangeSet
 
 log = logging.getLogger(__name__)
-
-USUAL = 4 << 20  # bytes
-MOST = 65536  # chunks of a disk: 256 folders of 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +35,7 @@ class Grid:
         start = number * self.chunk
         return start, min(start + self.chunk, self.size)
 
-    def newest(self, first: int = 0, last: int = MOST) -> int:
+    def newest(self, first: int = 0, last: int = MOST_CHUNKS) -> int:
         """The latest time of the chunks number `first` to `last` (excluded); 0 where there are none."""
         return max(self.times[first:last], default=0)
 
@@ -51,13 +49,6 @@ def count(size: int, chunk: int) -> int:
     return -(-size // chunk)
 
 
-def fitting(size: int, chunk: int) -> int:
-    """`chunk`, doubled until a disk of `size` bytes has at most 65,536 of them."""
-    while count(size, chunk) > MOST:
-        chunk *= 2
-    return chunk
-
-
 def cut(size: int, dirty: RangeSet, time: int, base: Grid | None = None, chunk: int | None = None) -> Grid:
     """The grid that a mount shows, whose time is `time`.
 
@@ -65,7 +56,7 @@ def cut(size: int, dirty: RangeSet, time: int, base: Grid | None = None, chunk: 
     is not known. `chunk` is the size that was asked for; without, it stays what it was, and is 4 MiB at first. Both
     give way where a disk would get too many chunks. With another chunk size every chunk is new.
     """
-    wanted = chunk or (base.chunk if base else USUAL)
+    wanted = chunk or (base.chunk if base else USUAL_CHUNK)
     actual = fitting(size, wanted)
     if actual != wanted:
         log.info("chunks of %d bytes are too many for a disk of %d bytes: they have %d", wanted, size, actual)

@@ -123,17 +123,15 @@ class MapFile:
     def open(self) -> MapFile:
         return self
 
-    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:  # noqa: ARG002  # the signature is Handle's
-        return False
-
-    async def read(self, offset: int, length: int) -> bytes:
+    def read(self, offset: int, length: int, answer: Answer) -> None:
         end = min(offset + length, self._offsets[-1])
         if offset >= end:
-            return b""
+            answer(b"")
+            return
         first = bisect_right(self._offsets, offset) - 1
         last = bisect_right(self._offsets, end - 1) - 1
         content = b"".join(self._render(page) for page in range(first, last + 1))
-        return content[offset - self._offsets[first] : end - self._offsets[first]]
+        answer(content[offset - self._offsets[first] : end - self._offsets[first]])
 
     def seek(self, offset: int, whence: int) -> int:
         return seek_solid(self._offsets[-1], offset, whence)

@@ -14,7 +14,6 @@ from typing import NamedTuple, Protocol
 
 from qfsbackup.contracts import Answer
 from qfsbackup.errors import FsError
-from qfsbackup.facts import Buffer
 
 
 class Attributes(NamedTuple):
@@ -33,11 +32,7 @@ class Attributes(NamedTuple):
 class Handle(Protocol):
     """An open file."""
 
-    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
-        """As `read`, without a task, where that can be done; see contracts.Disk."""
-        ...
-
-    async def read(self, offset: int, length: int) -> Buffer:
+    def read(self, offset: int, length: int, answer: Answer) -> None:
         """The bytes of `[offset, offset + length)` that the file has: fewer, or none, only at its end."""
         ...
 

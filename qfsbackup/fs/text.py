@@ -17,12 +17,8 @@ class Text:
     def __init__(self, content: bytes) -> None:
         self._content = content
 
-    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
+    def read(self, offset: int, length: int, answer: Answer) -> None:
         answer(self._content[offset : offset + length])
-        return True
-
-    async def read(self, offset: int, length: int) -> bytes:
-        return self._content[offset : offset + length]
 
     def seek(self, offset: int, whence: int) -> int:
         return seek_solid(len(self._content), offset, whence)

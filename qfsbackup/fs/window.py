@@ -6,9 +6,8 @@ from __future__ import annotations
 import errno
 import os
 
-from qfsbackup.contracts import Answer, ShortRead
+from qfsbackup.contracts import Answer
 from qfsbackup.errors import FsError
-from qfsbackup.facts import Buffer
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.node import Attributes, blocks
 
@@ -37,21 +36,15 @@ class Window:
     def open(self) -> Window:
         return self
 
-    def short_cut(self) -> tuple[ShortRead, int, int] | None:
-        """One that the disk has, and where on the disk this file begins and ends."""
-        read = self._disk.short_cut
-        return (read, self._start, self._end) if read else None
-
-    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
+    def read(self, offset: int, length: int, answer: Answer) -> None:
+        """Fewer bytes only at the end of the file."""
         start = self._start + offset
-        end = min(start + length, self._end)
-        return start < end and self._disk.read_soon(start, end - start, answer)
-
-    async def read(self, offset: int, length: int) -> Buffer:
-        """Fewer bytes only at the end of the file. Raises FsError(EIO)."""
-        start = self._start + offset
-        end = min(start + length, self._end)
-        return await self._disk.read(start, end - start) if start < end else b""
+        if start + length > self._end:
+            length = self._end - start
+        if length > 0:
+            self._disk.read(start, length, answer)
+        else:
+            answer(b"")
 
     def seek(self, offset: int, whence: int) -> int:
         """SEEK_DATA and SEEK_HOLE; the end of the file counts as a hole. Raises FsError(ENXIO)."""

@@ -16,11 +16,8 @@
  * the NBD server, cost several times what answering a small read does. So reads never get to pyfuse3:
  *
  *     pyfuse3 --receive_buf--> receive a request --another one--> pyfuse3
- *                                 ^       '--a read--> on_read ... poll: a socket --> its callable --> reply_buffer
+ *                                 ^       '--a read--> on_read ... poll: a socket --> its callable --> answer
  *                                 '----------------------------------'  '--nothing came, or LONGEST is over--> EINTR
- *
- * A file may have a short cut: a callable that is asked before on_read, and either takes the read, and then calls
- * settle(), or does not.
  */
 #define FUSE_USE_VERSION 312
 #define _GNU_SOURCE
@@ -40,15 +37,14 @@
 #define LONGEST 5000000L  /* ns after which it has its turn in any case */
 #define LOOKING 100000L   /* ns that is looked for an event before the processor is given away */
 #define MOST_SOCKETS 64   /* that are looked at without the event loop */
+#define SMALL 65536       /* bytes of a read */
 
-static PyObject *on_fallocate, *on_ioctl, *on_lseek, *on_read, *on_failed; /* callables, set by install() */
-static PyObject *sockets;     /* a dict: file descriptor -> callable */
-static PyObject *short_cuts;  /* a dict: file handle -> (callable, start, end) */
-static PyObject *settle_read; /* this module's settle() */
-static int extended;          /* has a session been made with our table? */
-static int is_over;           /* may no request be answered any more? */
-static int needs_loop;        /* does a task work, which the event loop has to run? */
-static int was_small;         /* has a short cut taken the last read? */
+static PyObject *on_fallocate, *on_ioctl, *on_lseek, *on_read; /* callables, set by install() */
+static PyObject *sockets; /* a dict: file descriptor -> callable */
+static int extended;      /* has a session been made with our table? */
+static int is_over;       /* may no request be answered any more? */
+static int needs_loop;    /* does a task work, which the event loop has to run? */
+static int was_small;     /* was the last read one? */
 
 /* Calls `callable(*arguments)`; steals `arguments`. A callback that raises is answered with EIO, and its exception goes
  * to sys.unraisablehook, as do all here (see defects.py). Needs the GIL. */
@@ -108,41 +104,15 @@ static void op_lseek(fuse_req_t request, fuse_ino_t inode, off_t offset, int whe
     PyGILState_Release(gil);
 }
 
-/* Does the file's short cut take this read? `arguments` are on_read's. Needs the GIL. */
-static int is_cut_short(PyObject *arguments, unsigned long long offset, unsigned long long length)
-{
-    PyObject *cut = PyDict_GetItem(short_cuts, PyTuple_GET_ITEM(arguments, 1)), *callable, *result;
-    unsigned long long start, end;
-    int taken;
-
-    if (!cut || !PyArg_ParseTuple(cut, "OKK", &callable, &start, &end) || offset >= end - start) {
-        if (PyErr_Occurred())
-            PyErr_WriteUnraisable(cut);
-        return 0;
-    }
-    if (length > end - start - offset)
-        length = end - start - offset;
-    Py_INCREF(cut); /* and with it the callable: the call may take it out of the dict */
-    result = PyObject_CallFunction(callable, "OOKK", settle_read, arguments, start + offset, length);
-    if (!result)
-        PyErr_WriteUnraisable(callable);
-    taken = result == Py_True;
-    Py_XDECREF(result);
-    Py_DECREF(cut);
-    return taken;
-}
-
 static void op_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t offset, struct fuse_file_info *info)
 {
     PyGILState_STATE gil = PyGILState_Ensure();
-    PyObject *arguments = Py_BuildValue("KKLn", (unsigned long long)(uintptr_t)request, (unsigned long long)info->fh,
-                                        (long long)offset, (Py_ssize_t)length);
 
-    was_small = arguments && is_cut_short(arguments, offset, length);
-    if (was_small)
-        Py_DECREF(arguments);
-    else
-        dispatch(on_read, arguments, request);
+    was_small = length <= SMALL;
+    dispatch(on_read,
+             Py_BuildValue("KKLn", (unsigned long long)(uintptr_t)request, (unsigned long long)info->fh,
+                           (long long)offset, (Py_ssize_t)length),
+             request);
     PyGILState_Release(gil);
 }
 
@@ -314,17 +284,14 @@ int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buff
 
 static PyObject *install(PyObject *self, PyObject *arguments)
 {
-    PyObject *fallocate, *ioctl, *lseek, *read, *failed, *cuts, *dict;
+    PyObject *fallocate, *ioctl, *lseek, *read, *dict;
 
-    if (!PyArg_ParseTuple(arguments, "OOOOOO!O!", &fallocate, &ioctl, &lseek, &read, &failed, &PyDict_Type, &cuts,
-                          &PyDict_Type, &dict))
+    if (!PyArg_ParseTuple(arguments, "OOOOO!", &fallocate, &ioctl, &lseek, &read, &PyDict_Type, &dict))
         return NULL;
     Py_XSETREF(on_fallocate, Py_NewRef(fallocate));
     Py_XSETREF(on_ioctl, Py_NewRef(ioctl));
     Py_XSETREF(on_lseek, Py_NewRef(lseek));
     Py_XSETREF(on_read, Py_NewRef(read));
-    Py_XSETREF(on_failed, Py_NewRef(failed));
-    Py_XSETREF(short_cuts, Py_NewRef(cuts));
     Py_XSETREF(sockets, Py_NewRef(dict));
     Py_RETURN_NONE;
 }
@@ -341,28 +308,28 @@ static PyObject *end(PyObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static PyObject *settle(PyObject *self, PyObject *arguments)
+static PyObject *answer(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
-    PyObject *read, *content, *result;
-    Py_buffer bytes;
+    fuse_req_t request = count == 2 ? (fuse_req_t)(uintptr_t)PyLong_AsUnsignedLongLong(arguments[0]) : NULL;
+    Py_buffer content;
+    PyObject *number;
 
-    if (!PyArg_ParseTuple(arguments, "O!O", &PyTuple_Type, &read, &content))
-        return NULL;
+    if (!request)
+        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "answer(request, content)");
     if (is_over)
         Py_RETURN_NONE;
-    if (content == Py_None) {
-        result = PyObject_CallObject(on_failed, read);
-        if (result)
-            return result;
-        PyErr_WriteUnraisable(on_failed);
-        fuse_reply_err((fuse_req_t)(uintptr_t)PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(read, 0)), EIO);
+    if (PyObject_CheckBuffer(arguments[1])) {
+        if (PyObject_GetBuffer(arguments[1], &content, PyBUF_SIMPLE) < 0)
+            return NULL;
+        fuse_reply_buf(request, content.buf, (size_t)content.len);
+        PyBuffer_Release(&content);
         Py_RETURN_NONE;
     }
-    if (PyObject_GetBuffer(content, &bytes, PyBUF_SIMPLE) < 0)
+    if (!(number = PyObject_GetAttrString(arguments[1], "errno")))
         return NULL;
-    fuse_reply_buf((fuse_req_t)(uintptr_t)PyLong_AsUnsignedLongLong(PyTuple_GET_ITEM(read, 0)), bytes.buf, bytes.len);
-    PyBuffer_Release(&bytes);
-    Py_RETURN_NONE;
+    fuse_reply_err(request, (int)PyLong_AsLong(number));
+    Py_DECREF(number);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
 }
 
 static PyObject *is_extended(PyObject *self, PyObject *unused)
@@ -381,18 +348,6 @@ static PyObject *reply_errno(PyObject *self, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
-static PyObject *reply_buffer(PyObject *self, PyObject *arguments)
-{
-    unsigned long long request;
-    Py_buffer content;
-
-    if (!PyArg_ParseTuple(arguments, "Ky*", &request, &content))
-        return NULL;
-    fuse_reply_buf((fuse_req_t)(uintptr_t)request, content.buf, (size_t)content.len);
-    PyBuffer_Release(&content);
-    Py_RETURN_NONE;
-}
-
 static PyObject *reply_offset(PyObject *self, PyObject *arguments)
 {
     unsigned long long request;
@@ -406,18 +361,15 @@ static PyObject *reply_offset(PyObject *self, PyObject *arguments)
 
 static PyMethodDef methods[] = {
     {"install", install, METH_VARARGS,
-     "install(fallocate, ioctl, lseek, read, failed, short_cuts, sockets): fallocate(request, fh, mode, offset, length),\n"
-     "ioctl(request, fh, command, content), lseek(request, fh, offset, whence), read(request, fh, offset, length);\n"
-     "failed as read, for what a short cut took in vain; short_cuts: {fh: (callable, start, end)}, see settle; sockets:\n"
-     "{descriptor: what to call when it is readable}, looked at without the event loop."},
-    {"settle", settle, METH_VARARGS,
-     "settle(read, content): the answer of a short cut, which was called with (settle, read, start, length) and returned\n"
-     "True; None: it failed, so it is asked for in the other way."},
+     "install(fallocate, ioctl, lseek, read, sockets): fallocate(request, fh, mode, offset, length), ioctl(request, fh,\n"
+     "command, content), lseek(request, fh, offset, whence), read(request, fh, offset, length); sockets: {descriptor:\n"
+     "what to call when it is readable}, looked at without the event loop."},
+    {"answer", (PyCFunction)(void (*)(void))answer, METH_FASTCALL,
+     "answer(request, content): the bytes that a request gets, or an FsError; nothing once the session is over."},
     {"needs_loop", set_needs_loop, METH_O, "needs_loop(flag): is there a task that the event loop has to run."},
     {"end", end, METH_NOARGS, "end(): the session is over, and no request may be answered any more."},
     {"is_extended", is_extended, METH_NOARGS, "Has a FUSE session been made with our operations?"},
     {"reply_errno", reply_errno, METH_VARARGS, "reply_errno(request, errno): errno 0 is success."},
-    {"reply_buffer", reply_buffer, METH_VARARGS, "reply_buffer(request, content): the answer of read."},
     {"reply_offset", reply_offset, METH_VARARGS, "reply_offset(request, offset): the answer of lseek."},
     {NULL, NULL, 0, NULL},
 };
@@ -428,8 +380,5 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__ops(void)
 {
-    PyObject *module = PyModule_Create(&definition);
-
-    settle_read = module ? PyObject_GetAttrString(module, "settle") : NULL;
-    return settle_read ? module : NULL;
+    return PyModule_Create(&definition);
 }

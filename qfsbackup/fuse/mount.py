@@ -22,7 +22,7 @@ from qfsbackup.errors import EXIT_SYSTEM, UserError
 from qfsbackup.facts import Sockets
 from qfsbackup.fs.tree import Tree
 from qfsbackup.fuse import _ops
-from qfsbackup.fuse.operations import Operations, Owner
+from qfsbackup.fuse.operations import Operations, Permissions
 from qfsbackup.mounts import MOUNTINFO, detach_dead, find_mount, our_mounts
 from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.vm.holder import held_by
@@ -34,7 +34,7 @@ TABLE_TIMEOUT = 10.0  # seconds for the table of mounts, and for a mountpoint
 
 @asynccontextmanager
 async def mounted(
-    root: Tree, mountpoint: Path, source: str, owner: Owner, sockets: Sockets
+    root: Tree, mountpoint: Path, source: str, permissions: Permissions, sockets: Sockets
 ) -> AsyncIterator[trio.Event]:
     """Show `root` at `mountpoint`; the event is set when somebody unmounts it from outside.
 
@@ -43,8 +43,8 @@ async def mounted(
     """
     unmounted = trio.Event()
     mountpoint = await in_time(mountpoint.resolve, TABLE_TIMEOUT)  # once mounted it would ask ourselves
-    operations = Operations(root, owner, sockets)
-    async with _session(operations, mountpoint, source, owner), trio.open_nursery() as nursery:
+    operations = Operations(root, permissions, sockets)
+    async with _session(operations, mountpoint, source, permissions), trio.open_nursery() as nursery:
         nursery.start_soon(_serve, operations, unmounted)
         nursery.start_soon(_watch_mounts, mountpoint, unmounted)
         log.info("mounted %s at %s", source, mountpoint)
@@ -87,10 +87,12 @@ async def _mounts_at(mountpoint: Path | None, instead: Set[int] = frozenset()) -
 
 
 @asynccontextmanager
-async def _session(operations: Operations, mountpoint: Path, source: str, owner: Owner) -> AsyncIterator[None]:
+async def _session(
+    operations: Operations, mountpoint: Path, source: str, permissions: Permissions
+) -> AsyncIterator[None]:
     """libfuse's session. Nobody may answer a request once it is closed: libfuse has freed it."""
     try:
-        pyfuse3.init(operations, str(mountpoint), _mount_options(source, owner))
+        pyfuse3.init(operations, str(mountpoint), _mount_options(source, permissions))
     except RuntimeError as error:
         raise UserError(
             f"cannot mount at {mountpoint}: {error}",
@@ -118,12 +120,12 @@ def _check_table() -> None:
         )
 
 
-def _mount_options(source: str, owner: Owner) -> set[str]:
+def _mount_options(source: str, permissions: Permissions) -> set[str]:
     escaped = source.replace("\\", "\\\\").replace(",", "\\,")
     options = {"default_permissions", "subtype=qfsbackup", f"fsname={escaped}", "noatime", "nosuid", "nodev", "noexec"}
-    if (owner.uid, owner.gid, owner.mode) != (0, 0, None):
+    if (permissions.uid, permissions.gid, permissions.mode) != (0, 0, None):
         options.add("allow_other")
-    if owner.read_only:
+    if permissions.read_only:
         options.add("ro")
     return options
 

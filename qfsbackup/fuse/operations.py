@@ -20,15 +20,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import pyfuse3
 import trio
 
-from qfsbackup.contracts import ShortRead
+from qfsbackup.contracts import Buffer
 from qfsbackup.errors import FsError
-from qfsbackup.facts import Buffer, Sockets
+from qfsbackup.facts import Sockets
 from qfsbackup.fs.control import GIVE, Control
 from qfsbackup.fs.inodes import is_chunk
 from qfsbackup.fs.maps import MapFile
 from qfsbackup.fs.node import Attributes, Directory, File, Handle, Node
 from qfsbackup.fs.tree import Tree
-from qfsbackup.fs.window import Window
 from qfsbackup.fuse import _ops
 from qfsbackup.fuse.from_c import called_from_c
 from qfsbackup.fuse.read_only import ReadOnly
@@ -45,7 +44,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
-class Owner:
+class Permissions:
     """Whose the files are. `mode` overrides the permission bits of files; folders get x where files get r.
 
     `read_only`: nobody has w, and nothing can be punched.
@@ -56,7 +55,7 @@ class Owner:
     mode: int | None = None
     read_only: bool = False
 
-    def permissions(self, attributes: Attributes) -> int:
+    def mode_of(self, attributes: Attributes) -> int:
         """File type and permission bits as st_mode has them."""
         writers = 0o000 if self.read_only else 0o222
         if attributes.writable:
@@ -92,17 +91,16 @@ def answered(
 class Operations(ReadOnly):
     """`root` is the tree. What `sockets` receive while a read is waited for is looked at without the event loop."""
 
-    def __init__(self, root: Tree, owner: Owner, sockets: Sockets) -> None:
+    def __init__(self, root: Tree, permissions: Permissions, sockets: Sockets) -> None:
         super().__init__()
-        self._owner = owner
+        self._permissions = permissions
         self._tasks: trio.Nursery | None = None  # there is one while the kernel may be answered
         self._root = root
         self._nodes: dict[int, Node] = {pyfuse3.ROOT_INODE: root}
         self._handles: dict[int, Handle] = {}
-        self._short_cuts: dict[int, tuple[ShortRead, int, int]] = {}
         self._next_handle = 0
         self._working = 0  # tasks that will answer a request
-        _ops.install(self._fallocate, self._ioctl, self._lseek, self._read, self._read_again, self._short_cuts, sockets)
+        _ops.install(self._fallocate, self._ioctl, self._lseek, self._read, sockets)
 
     async def serve(self) -> None:
         """Answer the kernel until it ends the session. Cancelled, it has no request left that it would still answer."""
@@ -118,9 +116,9 @@ class Operations(ReadOnly):
     def _entry(self, attributes: Attributes) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
         entry.st_ino = attributes.inode
-        entry.st_mode = self._owner.permissions(attributes)
+        entry.st_mode = self._permissions.mode_of(attributes)
         entry.st_nlink = 2 if attributes.directory else 1
-        entry.st_uid, entry.st_gid = self._owner.uid, self._owner.gid
+        entry.st_uid, entry.st_gid = self._permissions.uid, self._permissions.gid
         entry.st_size, entry.st_blocks = attributes.size, attributes.blocks
         entry.st_blksize = 1 << 20  # the largest request that FUSE sends
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = attributes.time
@@ -178,16 +176,12 @@ class Operations(ReadOnly):
         attributes = file.attributes()
         # A disk is opened for writing even where its server cannot trim: then the punch says that, not the open.
         changeable = attributes.punchable is not None or attributes.writable
-        if flags & os.O_ACCMODE != os.O_RDONLY and (self._owner.read_only or not changeable):
+        if flags & os.O_ACCMODE != os.O_RDONLY and (self._permissions.read_only or not changeable):
             raise FsError(errno.EROFS, f"inode {inode} can neither be written nor punched")
         if flags & os.O_TRUNC and not attributes.writable:
             raise FsError(errno.EROFS, "a snapshot cannot be truncated")
         self._next_handle += 1
-        handle = file.open()
-        self._handles[self._next_handle] = handle
-        cut = handle.short_cut() if isinstance(handle, Window) else None
-        if cut:
-            self._short_cuts[self._next_handle] = cut
+        self._handles[self._next_handle] = file.open()
         return pyfuse3.FileInfo(fh=self._next_handle, direct_io=True, keep_cache=False)
 
     @answered
@@ -214,7 +208,6 @@ class Operations(ReadOnly):
 
     @answered
     async def release(self, fh: int) -> None:
-        self._short_cuts.pop(fh, None)
         await self._handles.pop(fh).close()
 
     @answered
@@ -237,14 +230,7 @@ class Operations(ReadOnly):
 
     @called_from_c
     def _read(self, request: int, fh: int, offset: int, length: int) -> None:
-        """Answer as soon as the bytes are there."""
-        if not self._handles[fh].read_soon(offset, length, partial(_ops.settle, (request, fh, offset, length))):
-            self._read_again(request, fh, offset, length)
-
-    @called_from_c
-    def _read_again(self, request: int, fh: int, offset: int, length: int) -> None:
-        """Answer what could not be answered soon, or say what is wrong with it."""
-        self._start(request, partial(self._handles[fh].read, offset, length))
+        self._handles[fh].read(offset, length, partial(_ops.answer, request))
 
     @called_from_c
     def _fallocate(self, request: int, fh: int, mode: int, offset: int, length: int) -> None:
@@ -290,4 +276,4 @@ class Operations(ReadOnly):
             if content is None:
                 _ops.reply_errno(request, number)
             else:
-                _ops.reply_buffer(request, content)
+                _ops.answer(request, content)

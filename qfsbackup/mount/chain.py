@@ -25,7 +25,7 @@ from qfsbackup.contracts import Disk
 from qfsbackup.errors import EXIT_SYSTEM, UserError
 from qfsbackup.facts import CheckpointRequest, Known, Snapshot
 from qfsbackup.fs.grid import Grid, cut
-from qfsbackup.mount.health import check
+from qfsbackup.mount.checking import check
 from qfsbackup.patience import NoAnswerError, Patience, in_time
 from qfsbackup.state.store import DiskState, Store, committed_generations, new_generation, open_store
 from qfsbackup.status import Status
@@ -158,8 +158,8 @@ class Chain:
 
 async def _check_whole(disks: Sequence[Disk], status: Status) -> None:
     answered = await check(status, disks, ANSWER_TIMEOUT)
-    if status.broken or not answered:
-        reason = f"the snapshot is broken: {status.broken}" if status.broken else "not every disk answers"
+    if status.health.broken or not answered:
+        reason = f"the snapshot is broken: {status.health.broken}" if status.health.broken else "not every disk answers"
         raise UserError(f"not committed: {reason}", "Take the backup once more.", EXIT_SYSTEM)
 
 

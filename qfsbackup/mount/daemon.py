@@ -25,10 +25,10 @@ from qfsbackup.contracts import Disk, Source
 from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_SYSTEM, EXIT_UNRESTORED, UserError
 from qfsbackup.facts import Sockets
 from qfsbackup.fuse.mount import check_mountpoint, mounted
-from qfsbackup.fuse.operations import Owner
+from qfsbackup.fuse.operations import Permissions
 from qfsbackup.mount.chain import Chain, committed, open_chain
+from qfsbackup.mount.checking import check, look_at_files
 from qfsbackup.mount.defects import defects_raised
-from qfsbackup.mount.health import check, look_at_files
 from qfsbackup.mount.notify import STOPPING, notify
 from qfsbackup.mount.runtime import RUNTIME, runtime_folder
 from qfsbackup.mount.signals import HANDED_ON, TELLING, acted_on
@@ -87,7 +87,7 @@ def serve(source: str, mountpoint: Path, options: Options, ready: Callable[[], N
         return EXIT_UNRESTORED
     if came[:1] == [signal.SIGINT]:
         return EXIT_INTERRUPTED
-    return EXIT_SYSTEM if status.broken else 0
+    return EXIT_SYSTEM if status.health.broken else 0
 
 
 def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -117,13 +117,13 @@ async def _serve(
         snapshot = await stack.enter_async_context(found.snapshot())
         bandwidth = Bandwidth(options.bwlimit) if options.bwlimit else None
         sockets: Sockets = {}
-        opening = open_disks(snapshot.exports, status, options.connections, bandwidth, sockets)
+        opening = open_disks(snapshot.exports, status, options.connections, bandwidth, sockets, options.chunk)
         disks = await stack.enter_async_context(opening)
         tree = await make_tree(snapshot, disks, chain, options, status)
-        owner = Owner(options.uid, options.gid, options.mode, options.ro)
+        permissions = Permissions(options.uid, options.gid, options.mode, options.ro)
         await look_at_files(status)
         stack.push_async_callback(_last_look, status, disks)
-        unmounted = await stack.enter_async_context(mounted(tree, mountpoint, source, owner, sockets))
+        unmounted = await stack.enter_async_context(mounted(tree, mountpoint, source, permissions, sockets))
         ending.end = unmounted.set
         stack.callback(notify, STOPPING)
         async with trio.open_nursery() as nursery:

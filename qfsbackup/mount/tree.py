@@ -17,7 +17,7 @@ from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.grid import Grid, cut
 from qfsbackup.fs.tree import ShownDisk, Tree, build_tree
 from qfsbackup.mount.chain import Chain, Numbers
-from qfsbackup.mount.health import check
+from qfsbackup.mount.checking import check
 from qfsbackup.options import Options
 from qfsbackup.ranges import RangeSet
 from qfsbackup.state.database import SECOND
@@ -36,9 +36,6 @@ async def make_tree(
         grids = await chain.grids(snapshot, time, disks)
     else:
         grids = {one.disk: cut(one.size, RangeSet(), time, chunk=options.chunk) for one in snapshot.exports}
-    for export, disk in zip(snapshot.exports, disks, strict=True):
-        if export.bitmap == "reuse":
-            disk.keep_to(RangeSet([(0, disk.size)]) - grids[export.disk].other_than(time))
     numbers = await chain.numbers(snapshot) if chain else None
     shown = _shown(snapshot, disks, numbers, grids, status)
     images = options.access == "full"
@@ -68,7 +65,7 @@ def _shown(
         ShownDisk(
             name=export.disk,
             number=numbers.disks[export.disk] if numbers else place,
-            frozen=FrozenDisk(disk, status, status.disks[export.disk]),
+            frozen=FrozenDisk(disk, status.health, status.disks[export.disk]),
             grid=grids[export.disk],
         )
         for place, (export, disk) in enumerate(zip(snapshot.exports, disks, strict=True))

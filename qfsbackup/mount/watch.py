@@ -17,7 +17,7 @@ import trio
 
 from qfsbackup.contracts import Disk
 from qfsbackup.errors import FsError
-from qfsbackup.mount.health import look_at_files
+from qfsbackup.mount.checking import look_at_files
 from qfsbackup.status import Status
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,10 @@ async def _watch_files(status: Status) -> None:
         await look_at_files(status)
         if _over_limit(status):
             held = status.fleecing_used
-            status.mark_broken(f"the fleecing files hold {held} bytes, over fleece-limit={status.fleecing_limit}")
-        if status.broken:
+            status.health.mark_broken(
+                f"the fleecing files hold {held} bytes, over fleece-limit={status.fleecing_limit}"
+            )
+        if status.health.broken:
             return
         trend.add(trio.current_time(), status.fleecing_used)
         _warn(status, status.fleecing_used, trend)

@@ -2,30 +2,31 @@
  *
  * Small reads of one disk over a connection of their own, with nothing between the request and the reply of the NBD
  * server that could be left out: a table of what is in flight, libnbd, and the rules by which a read may go this way.
- * All others are refused at once, and are then asked for in the ordinary way (disk.py), which knows what is wrong, too.
+ * All others are refused at once, and so go the ordinary way (disk.py), which knows what is wrong, too.
  *
- *     read(answer, token, start, length) -> True ... the server replies ... receive() -> answer(token, content)
- *                                        '> False: not here                           '> answer(token, None): failed
+ *     read(start, length, answer) -> bytes asked for ... the server replies ... receive() -> answer(content)
+ *                                '> 0: not here                                        '> failed(start, length, answer)
  *
- * A read is taken if all of it is data, in one request that the server answers rightly; if it does not go on where a
- * recent one ended, for such readers are read ahead of; and if it meets neither one of ours in flight nor one of the
- * jobs that go the ordinary way, in flight or waiting (inflight.py). These in turn wait for ours that they meet, until
- * `advance` is called. The first trim closes the lane for good.
+ * A read is taken if all of it may be read (`allow` says what), in one request that the server answers rightly; if it
+ * does not go on where a recent one ended, for such readers are read ahead of; and if it meets neither one of ours in
+ * flight nor one of the jobs that go the ordinary way, in flight or waiting (inflight.py). These in turn wait for ours
+ * that they meet, until `advance` is called.
  *
  * Whose memory is what:
  *
  * - A slot's buffer is a bytearray. libnbd writes to it from nbd_aio_pread on until nbd_aio_command_completed has told
- *   that the read is over. A lane that goes before that keeps its reference for ever, for nobody can say when that is.
+ *   that the read is over. A lane that is closed before that keeps its reference for ever, for nobody can say when that
+ *   is.
  * - The content that an answer is called with is a view of that bytearray. Whoever keeps it, or a view of it, keeps the
  *   bytearray: the slot then takes a new one, and what was read stays as it is.
  * - The handle is libnbd's; the lane holds a reference to the NBD object, and nobody may close that.
- * - The borders of `data` are a buffer of an array, which cannot change its size while the lane holds it.
+ * - The borders of what may be read are a buffer of an array, which cannot change its size while the lane holds it. No
+ *   pointer into it outlives a call: a read in flight does not need them, and so they may change meanwhile.
  * - A lane is for one thread. An answer may call any method of it, `receive` excepted.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <libnbd.h>
-#include <structmember.h>
 
 #define LONGEST 65536 /* bytes of a read */
 #define SLOTS 32      /* reads in flight */
@@ -37,7 +38,7 @@ typedef struct {
     unsigned long long first, last; /* what was asked for, in whole units */
     unsigned long long start;
     Py_ssize_t length;
-    PyObject *answer, *token;
+    PyObject *answer;
     PyObject *buffer; /* a bytearray of LONGEST, NULL until there is need of one */
 } Slot;
 
@@ -48,18 +49,16 @@ typedef struct {
     PyObject *blocked;           /* called where the socket did not take all of a request */
     PyObject *running, *waiting; /* a dict and a list: the jobs that go the ordinary way, with `start` and `end` */
     PyObject *advance;
-    PyObject *told;   /* called with the start and the end of what was answered */
-    PyObject *status; /* `broken` is None as long as anything may be read */
-    Py_buffer data;   /* borders as in ranges.py */
+    PyObject *failed;
+    Py_buffer data; /* borders as in ranges.py, of what may be read */
     unsigned long long size, unit, border;
     int closed, in_flight;
     Slot slot[SLOTS]; /* the first `in_flight` are in use */
     unsigned long long ends[RECENT];
     unsigned newest;
-    unsigned long long requests, asked, answered; /* counters; the latter two in bytes */
 } Lane;
 
-static PyObject *broken_name, *start_name, *end_name;
+static PyObject *start_name, *end_name;
 
 /* The number of borders at or below `offset`; odd where it is data. */
 static size_t borders_before(const Lane *self, unsigned long long offset)
@@ -147,22 +146,11 @@ static int meets_jobs(const Lane *self, unsigned long long first, unsigned long 
     return 0;
 }
 
-static int is_broken(const Lane *self)
-{
-    PyObject *broken = PyObject_GetAttr(self->status, broken_name);
-    int is = broken != Py_None;
-
-    Py_XDECREF(broken);
-    if (!broken)
-        PyErr_Clear();
-    return is;
-}
-
 static int may_go(const Lane *self, unsigned long long first, unsigned long long last)
 {
     return !self->closed && first < last && last <= self->size && last - first <= LONGEST &&
            first / self->border == (last - 1) / self->border && self->in_flight < SLOTS && is_data(self, first, last) &&
-           !meets(self, first, last) && !meets_jobs(self, first, last) && !is_broken(self);
+           !meets(self, first, last) && !meets_jobs(self, first, last);
 }
 
 static PyObject *lane_read(Lane *self, PyObject *const *arguments, Py_ssize_t count)
@@ -170,35 +158,32 @@ static PyObject *lane_read(Lane *self, PyObject *const *arguments, Py_ssize_t co
     unsigned long long start, length, first, last;
     Slot *slot;
 
-    if (count != 4)
-        return PyErr_Format(PyExc_TypeError, "read(answer, token, start, length)");
-    start = PyLong_AsUnsignedLongLong(arguments[2]);
-    length = PyLong_AsUnsignedLongLong(arguments[3]);
+    if (count != 3)
+        return PyErr_Format(PyExc_TypeError, "read(start, length, answer)");
+    start = PyLong_AsUnsignedLongLong(arguments[0]);
+    length = PyLong_AsUnsignedLongLong(arguments[1]);
     if (PyErr_Occurred())
         return NULL;
     if (!self->owner || start > self->size || length > self->size)
-        Py_RETURN_FALSE;
+        return PyLong_FromLong(0);
     first = start / self->unit * self->unit;
     last = (start + length + self->unit - 1) / self->unit * self->unit;
     if (last > self->size)
         last = self->size;
     if (goes_on(self, start, start + length) || start + length > self->size || !may_go(self, first, last))
-        Py_RETURN_FALSE;
+        return PyLong_FromLong(0);
     slot = &self->slot[self->in_flight];
     if (!slot->buffer && !(slot->buffer = PyByteArray_FromStringAndSize(NULL, LONGEST)))
         return NULL;
     slot->cookie = nbd_aio_pread(self->handle, PyByteArray_AS_STRING(slot->buffer), last - first, first, NBD_NULL_COMPLETION, 0);
     if (slot->cookie < 0)
-        Py_RETURN_FALSE;
+        return PyLong_FromLong(0);
     slot->first = first;
     slot->last = last;
     slot->start = start;
     slot->length = (Py_ssize_t)length;
-    slot->answer = Py_NewRef(arguments[0]);
-    slot->token = Py_NewRef(arguments[1]);
+    slot->answer = Py_NewRef(arguments[2]);
     self->in_flight++;
-    self->requests++;
-    self->asked += last - first;
     if (nbd_aio_get_direction(self->handle) & LIBNBD_AIO_DIRECTION_WRITE) {
         PyObject *result = PyObject_CallNoArgs(self->blocked);
 
@@ -206,16 +191,7 @@ static PyObject *lane_read(Lane *self, PyObject *const *arguments, Py_ssize_t co
             PyErr_WriteUnraisable(self->blocked);
         Py_XDECREF(result);
     }
-    Py_RETURN_TRUE;
-}
-
-static void tell(Lane *self, unsigned long long start, unsigned long long end)
-{
-    PyObject *result = self->told ? PyObject_CallFunction(self->told, "KK", start, end) : Py_NewRef(Py_None);
-
-    if (!result)
-        PyErr_WriteUnraisable(self->told);
-    Py_XDECREF(result);
+    return PyLong_FromUnsignedLongLong(last - first);
 }
 
 /* What was read for a slot. */
@@ -231,32 +207,44 @@ static PyObject *content_of(const Slot *slot)
     return content;
 }
 
-/* Answers the read in a slot, which is then free. An answer that raises is reported and forgotten. */
-static void settle(Lane *self, int index, int has_come)
+/* Takes a read out of the table. Its buffer stays with it. */
+static Slot taken_out(Lane *self, int index)
 {
-    Slot slot = self->slot[index], *last = &self->slot[self->in_flight - 1];
-    PyObject *content = Py_None, *result;
+    Slot slot = self->slot[index], *last = &self->slot[--self->in_flight];
 
     self->slot[index] = *last;
     last->buffer = NULL;
-    self->in_flight--;
-    if (has_come) {
-        content = content_of(&slot);
-        self->answered += slot.length;
-        tell(self, slot.start, slot.start + slot.length);
-    }
-    result = content ? PyObject_CallFunctionObjArgs(slot.answer, slot.token, content, NULL) : NULL;
+    return slot;
+}
+
+/* Hands `content` to the answer, or the read to `failed` where it is NULL. What raises is reported and forgotten. */
+static void tell(Lane *self, const Slot *slot, PyObject *content)
+{
+    PyObject *callable = Py_NewRef(content ? slot->answer : self->failed), *result;
+
+    result = content ? PyObject_CallOneArg(callable, content)
+                     : PyObject_CallFunction(callable, "KnO", slot->start, slot->length, slot->answer);
     if (!result)
-        PyErr_WriteUnraisable(slot.answer);
+        PyErr_WriteUnraisable(callable);
     Py_XDECREF(result);
-    Py_DECREF(slot.answer);
-    Py_DECREF(slot.token);
-    if (has_come)
-        Py_XDECREF(content);
-    if (last->buffer || Py_REFCNT(slot.buffer) > 1) /* somebody has kept what was read */
+    Py_DECREF(callable);
+    Py_DECREF(slot->answer);
+}
+
+/* Answers the read in a slot, which is then free. */
+static void settle(Lane *self, int index, int has_come)
+{
+    Slot slot = taken_out(self, index), *freed = &self->slot[self->in_flight];
+    PyObject *content = has_come ? content_of(&slot) : NULL;
+
+    if (has_come && !content)
+        PyErr_Clear();
+    tell(self, &slot, content);
+    Py_XDECREF(content);
+    if (freed->buffer || Py_REFCNT(slot.buffer) > 1) /* somebody has kept what was read */
         Py_DECREF(slot.buffer);
     else
-        last->buffer = slot.buffer;
+        freed->buffer = slot.buffer;
 }
 
 static PyObject *lane_receive(Lane *self, PyObject *unused)
@@ -296,19 +284,36 @@ static PyObject *lane_meets(Lane *self, PyObject *const *arguments, Py_ssize_t c
     return PyErr_Occurred() ? NULL : PyBool_FromLong(meets(self, start, end));
 }
 
+static PyObject *lane_allow(Lane *self, PyObject *borders)
+{
+    Py_buffer data = {0};
+
+    if (borders != Py_None && PyObject_GetBuffer(borders, &data, PyBUF_SIMPLE) < 0)
+        return NULL;
+    PyBuffer_Release(&self->data);
+    self->data = data;
+    Py_RETURN_NONE;
+}
+
+/* What is still in flight may yet be written to its buffer by libnbd: that memory is never given back. */
 static PyObject *lane_close(Lane *self, PyObject *unused)
 {
     self->closed = 1;
+    while (self->in_flight && self->failed) {
+        Slot slot = taken_out(self, 0);
+
+        tell(self, &slot, NULL);
+    }
     Py_RETURN_NONE;
 }
 
 static int lane_init(Lane *self, PyObject *arguments, PyObject *unused)
 {
-    PyObject *owner, *blocked, *running, *waiting, *advance, *status, *data, *told, *capsule;
+    PyObject *owner, *blocked, *running, *waiting, *advance, *failed, *capsule;
     int i;
 
-    if (!PyArg_ParseTuple(arguments, "OOO!O!OOOOKKK", &owner, &blocked, &PyDict_Type, &running, &PyList_Type, &waiting,
-                          &advance, &status, &data, &told, &self->size, &self->unit, &self->border))
+    if (!PyArg_ParseTuple(arguments, "OOO!O!OOKKK", &owner, &blocked, &PyDict_Type, &running, &PyList_Type, &waiting,
+                          &advance, &failed, &self->size, &self->unit, &self->border))
         return -1;
     if (!self->unit || !self->border || self->owner) {
         PyErr_SetString(PyExc_ValueError, "unit and border are more than 0, and a lane is made once");
@@ -318,15 +323,14 @@ static int lane_init(Lane *self, PyObject *arguments, PyObject *unused)
         return -1;
     self->handle = PyCapsule_GetPointer(capsule, "nbd_handle"); /* as libnbd's own Python module makes it */
     Py_DECREF(capsule);
-    if (!self->handle || PyObject_GetBuffer(data, &self->data, PyBUF_SIMPLE) < 0)
+    if (!self->handle)
         return -1;
     self->owner = Py_NewRef(owner);
     self->blocked = Py_NewRef(blocked);
     self->running = Py_NewRef(running);
     self->waiting = Py_NewRef(waiting);
     self->advance = Py_NewRef(advance);
-    self->status = Py_NewRef(status);
-    self->told = Py_NewRef(told);
+    self->failed = Py_NewRef(failed);
     for (i = 0; i < RECENT; i++)
         self->ends[i] = (unsigned long long)-1;
     return 0;
@@ -341,12 +345,9 @@ static int lane_traverse(Lane *self, visitproc visit, void *arg)
     Py_VISIT(self->running);
     Py_VISIT(self->waiting);
     Py_VISIT(self->advance);
-    Py_VISIT(self->status);
-    Py_VISIT(self->told);
-    for (i = 0; i < self->in_flight; i++) {
+    Py_VISIT(self->failed);
+    for (i = 0; i < self->in_flight; i++)
         Py_VISIT(self->slot[i].answer);
-        Py_VISIT(self->slot[i].token);
-    }
     return 0;
 }
 
@@ -358,52 +359,39 @@ static int lane_clear(Lane *self)
     Py_CLEAR(self->running);
     Py_CLEAR(self->waiting);
     Py_CLEAR(self->advance);
-    Py_CLEAR(self->status);
-    Py_CLEAR(self->told);
+    Py_CLEAR(self->failed);
     return 0;
 }
 
-/* What is still in flight may yet be written to its buffer by libnbd: that memory is never given back. */
+/* As with lane_close, buffers that are in use stay for ever; here nobody waits any more. */
 static void lane_dealloc(Lane *self)
 {
     int i;
 
     PyObject_GC_UnTrack(self);
     lane_clear(self);
-    for (i = 0; i < SLOTS; i++) {
-        if (i < self->in_flight) {
-            Py_DECREF(self->slot[i].answer);
-            Py_DECREF(self->slot[i].token);
-        } else {
-            Py_XDECREF(self->slot[i].buffer);
-        }
-    }
-    if (self->data.obj)
-        PyBuffer_Release(&self->data);
+    for (i = 0; i < self->in_flight; i++)
+        Py_DECREF(self->slot[i].answer);
+    for (; i < SLOTS; i++)
+        Py_XDECREF(self->slot[i].buffer);
+    PyBuffer_Release(&self->data);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }
 
 static PyMethodDef lane_methods[] = {
     {"read", (PyCFunction)(void (*)(void))lane_read, METH_FASTCALL,
-     "read(answer, token, start, length): was it taken? If so, answer(token, content or None) is called, once."},
+     "read(start, length, answer): how many bytes are asked for; 0: it was not taken, and nothing will be called."},
     {"receive", (PyCFunction)lane_receive, METH_NOARGS,
      "receive(): take the replies that are there; False where none is awaited, or the connection is dead."},
     {"meets", (PyCFunction)(void (*)(void))lane_meets, METH_FASTCALL, "meets(start, end): a read that is in flight?"},
-    {"close", (PyCFunction)lane_close, METH_NOARGS, "close(): take no more reads."},
+    {"allow", (PyCFunction)lane_allow, METH_O, "allow(borders): these ranges alone may be read; None: nothing."},
+    {"close", (PyCFunction)lane_close, METH_NOARGS, "close(): take no more reads; those in flight have failed."},
     {NULL, NULL, 0, NULL},
-};
-
-static PyMemberDef lane_members[] = {
-    {"in_flight", T_INT, offsetof(Lane, in_flight), READONLY, "how many reads the server has not answered"},
-    {"requests", T_ULONGLONG, offsetof(Lane, requests), READONLY, "how many reads were sent to the server"},
-    {"asked", T_ULONGLONG, offsetof(Lane, asked), READONLY, "bytes that were asked for"},
-    {"answered", T_ULONGLONG, offsetof(Lane, answered), READONLY, "bytes that were answered"},
-    {NULL, 0, 0, 0, NULL},
 };
 
 static PyTypeObject lane_type = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "qfsbackup.nbd._lane.Lane",
-    .tp_doc = "Lane(handle, blocked, running, waiting, advance, status, data, told, size, unit, border)",
+    .tp_doc = "Lane(handle, blocked, running, waiting, advance, failed, size, unit, border)",
     .tp_basicsize = sizeof(Lane),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
     .tp_new = PyType_GenericNew,
@@ -412,7 +400,6 @@ static PyTypeObject lane_type = {
     .tp_traverse = (traverseproc)lane_traverse,
     .tp_clear = (inquiry)lane_clear,
     .tp_methods = lane_methods,
-    .tp_members = lane_members,
 };
 
 static struct PyModuleDef definition = {
@@ -423,10 +410,9 @@ PyMODINIT_FUNC PyInit__lane(void)
 {
     PyObject *module = PyModule_Create(&definition);
 
-    broken_name = PyUnicode_InternFromString("broken");
     start_name = PyUnicode_InternFromString("start");
     end_name = PyUnicode_InternFromString("end");
-    if (!module || !broken_name || !start_name || !end_name || PyType_Ready(&lane_type) < 0 ||
+    if (!module || !start_name || !end_name || PyType_Ready(&lane_type) < 0 ||
         PyModule_AddObjectRef(module, "Lane", (PyObject *)&lane_type) < 0)
         return NULL;
     return module;

@@ -23,7 +23,7 @@ from qfsbackup.errors import UserError
 from qfsbackup.facts import Sockets
 from qfsbackup.nbd.handle import Handle, handles, libnbd, where
 from qfsbackup.nbd.inflight import Done
-from qfsbackup.tasks import background
+from qfsbackup.tasks import background, finished
 
 MAX_REQUEST = 32 << 20  # what a server takes that names no maximum (NBD protocol, "block size constraints")
 MAX_RECV = 32  # before other tasks have their turn
@@ -96,21 +96,12 @@ class Connection:
         They need not reach the end of the range, and may reach beyond it. Raises ServerError, ConnectionLostError.
         """
         extents: list[int] = []
-        result: list[Exception | None] = []
-        over = trio.Event()
 
         def extent(_context: str, _offset: int, entries: list[int], _error: object) -> int:
             extents.extend(entries)
             return 0
 
-        def done(error: Exception | None) -> None:
-            result.append(error)
-            over.set()
-
-        self._submit(self._handle.aio_block_status, (length, offset, extent), done)
-        await over.wait()
-        if result[0]:
-            raise result[0]
+        await finished(partial(self._submit, self._handle.aio_block_status, (length, offset, extent)))
         return extents
 
     def _submit(self, command: Callable[..., int], arguments: tuple[object, ...], done: Done) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """One disk of a snapshot over NBD: what of it is data, what is dirty, its bytes, and giving them back.
 
-    read ---> zeros                        where the map says so
+    read ---> the lane                     small ones here and there: _lane.c
          \\-> a block fetched ahead         readahead.py
          \\-> a fetch of exactly the rest   fetch.py -> pool.py -> connection.py
 
@@ -13,26 +13,30 @@ EINVAL on the wire: nbd/server.c system_errno_to_nbd_errno).
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import trio
-
-from qfsbackup.contracts import Answer, ShortRead
+from qfsbackup.contracts import Answer, awaited
 from qfsbackup.errors import FsError
 from qfsbackup.facts import CLUSTER
+from qfsbackup.gather import Gather
+from qfsbackup.health import Health
 from qfsbackup.nbd.budget import Budget
 from qfsbackup.nbd.connection import ConnectionLostError, ServerError
 from qfsbackup.nbd.fetch import Fetch
-from qfsbackup.nbd.pool import Pool, WithdrawnError
+from qfsbackup.nbd.pool import Pool
 from qfsbackup.nbd.readahead import Block, Readahead
 from qfsbackup.ranges import RangeSet
-from qfsbackup.seen import Seen
-from qfsbackup.status import DiskStatus, Status
+from qfsbackup.status import DiskStatus
+from qfsbackup.tasks import finished
 
-ZEROS = memoryview(bytes(1 << 20))
 SECTOR = 512
 MAX_TRIM = 1 << 30  # bytes a request; its length has 32 bits
+
+# How far a trim reaches back over what was given back before: a server with larger clusters than ours (Proxmox VE uses
+# up to 4 MiB) ignores trims below its own size, and repeating a trim does no harm.
+REACH = 4 << 20
 
 
 class NbdDisk:
@@ -44,121 +48,96 @@ class NbdDisk:
         data: RangeSet,
         dirty: RangeSet,
         can_trim: bool,
-        status: DiskStatus,
-        mount: Status,
+        figures: DiskStatus,
+        health: Health,
         budget: Budget,
+        wanted: RangeSet,
     ) -> None:
+        """Whoever reads in one of the ranges that are `wanted` wants nothing behind its end; there may be none."""
         self._pool = connections
         self._unit = connections.facts.minimum
-        self._closed = RangeSet()  # trimmed, so not readable any more
-        self._status = status
-        self._mount = mount
+        self._figures = figures
+        self._health = health
         self.size = connections.facts.size
         self.data = data.aligned_outward(self._unit, self.size) if self._unit > 1 else data
         self.dirty = dirty
         self.can_trim = can_trim
-        self.seen = Seen()
-        self._readahead = Readahead(connections, self.data, self._closed, self.size, budget)
+        self._readable = self.data.copy()  # less what was trimmed, in whole blocks of the server
+        self._trimmed = RangeSet()
+        self._lane = connections.open_lane(self._readable, self._ask_again)
+        self._readahead = Readahead(connections, self._readable, self.size, budget, wanted)
 
-    async def read(self, offset: int, length: int) -> bytes | bytearray | memoryview:
-        """Exactly the bytes `[offset, offset + length)`. Raises FsError(EIO)."""
-        end = offset + length
-        self._check_readable(offset, end)
-        blocks = self._readahead.blocks(offset, end)
-        if not blocks and not self.data.overlaps(offset, end):
-            self._readahead.advance(offset, end, None)
-            return ZEROS[:length] if length <= len(ZEROS) else bytes(length)
-        parts = self._parts(offset, end, blocks)
-        self._readahead.advance(offset, end, blocks[0] if blocks else None)
-        try:
-            views = [await self._arrived(part) for part in parts]
-        finally:
-            self._abandon(parts)
-        return views[0] if len(views) == 1 else b"".join(views)
-
-    @property
-    def short_cut(self) -> ShortRead | None:
+    def read(self, start: int, length: int, answer: Answer) -> None:
         """See contracts.Disk."""
-        return self._pool.lane.read if self._pool.lane else None
-
-    def end_short_cut(self) -> None:
-        """See contracts.Disk."""
-        self._pool.close_lane()
-
-    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
-        """See contracts.Disk: what one fetch holds, and nobody has to wait for but the server."""
-        end = offset + length
-        if self._mount.broken or self._pool.is_paced or self._closed.overlaps(offset, end):
-            return False
-        blocks = self._readahead.blocks(offset, end)
-        hit = blocks[0] if blocks else None
-        if hit and (offset < hit.fetch.start or hit.fetch.end < end):
-            return False
-        if hit:
-            self._readahead.take(hit, offset, end)
-        fetch = hit.fetch if hit else self._direct(offset, end).fetch
-        self._readahead.advance(offset, end, hit)
-        fetch.when_over(partial(_answer, fetch, offset, end, answer))
-        return True
-
-    def keep_to(self, ranges: RangeSet) -> None:
-        """Do not read ahead over the ends of these ranges."""
-        self._readahead.keep_to(ranges)
+        if self._lane and (asked := self._lane.read(start, length, answer)):
+            self._figures.nbd_requests += 1
+            self._figures.nbd_bytes += asked
+            return
+        end = start + length
+        if not self._readable.covers(start, end):
+            answer(FsError(errno.EIO, f"[{start}, {end}) is not there to be read, at least in part"))
+            return
+        blocks = self._readahead.blocks(start, end)
+        parts = self._parts(start, end, blocks)
+        self._readahead.advance(start, end, blocks[0] if blocks else None)
+        if len(parts) == 1:
+            self._deliver(parts[0], answer)
+        else:
+            gather = Gather(length, len(parts), answer)
+            for part in parts:
+                self._deliver(part, gather.at(part.start - start))
 
     async def probe(self) -> None:
         """Read what was not given back and stands first on the disk, past all maps. Raises FsError(EIO)."""
-        start = self._closed.next_outside(0, self.size)
-        end = min(start + max(SECTOR, self._unit), self.size)
-        if start < end:
-            self._check_readable(start, end)
-            everything = RangeSet([(start, end)])
-            await self._arrived(_Part(Fetch(self._pool, everything, start, end), start, end))
+        unit = max(SECTOR, self._unit)
+        start = self._trimmed.next_outside(0, self.size) // unit * unit
+        if start < self.size:
+            await awaited(self._ask, start, min(unit, self.size - start))
 
-    async def trim(self, offset: int, length: int) -> None:
-        """Give the whole clusters in the range back, once no read of them is in flight. Raises FsError.
+    async def trim(self, start: int, length: int) -> None:
+        """See contracts.Disk. What shares a minimum block of the server with something readable may go on being read.
 
         An unaligned trim aborts QEMU before 9.1 (util/hbitmap.c hbitmap_reset); a partial cluster at the end of the
         disk is never given back.
         """
-        if not self.can_trim:
-            raise FsError(errno.EOPNOTSUPP, "this NBD server cannot trim")
-        unit = max(CLUSTER, self._unit)
-        start, end = -(-offset // unit) * unit, (offset + length) // unit * unit
-        if start >= end:
-            return
-        self.end_short_cut()
-        fresh = RangeSet([(start, end)]) - RangeSet(self._closed.clip(start, end))
-        self._closed.add(start, end)
+        end = min(start + length, self.size)
+        before = self._complete(start, end)
+        self._trimmed.add(start, end)
+        self._forbid(start, end)
+        for first, last in self._complete(start, end) if self.can_trim else ():
+            for position in range(first, last, MAX_TRIM):
+                stop = min(position + MAX_TRIM, last)
+                await self._give_back(position, stop)
+                self._figures.trimmed += stop - position - before.total_within(position, stop)
+
+    def _complete(self, start: int, end: int) -> RangeSet:
+        """The whole clusters that were trimmed, of what lies around `[start, end)` and touches it."""
+        around = RangeSet(self._trimmed.clip(max(start - REACH, 0), min(end + REACH, self.size)))
+        return RangeSet(part for part in around if part[0] <= end and start <= part[1]).aligned_inward(CLUSTER)
+
+    def _forbid(self, start: int, end: int) -> None:
+        """Do not read it any more."""
+        unit = self._unit
+        around = self._trimmed.clip(max(start - unit, 0), min(end + unit, self.size))
+        if self._lane:
+            self._lane.allow(None)  # the array cannot change while it is looked at
+        for first, last in RangeSet(around).aligned_inward(unit):
+            self._readable.remove(first, last)
+        if self._lane:
+            self._lane.allow(self._readable.borders)
         self._readahead.close(start, end)
-        for position in range(start, end, MAX_TRIM):
-            stop = min(position + MAX_TRIM, end)
-            await self._trim_at_once(position, stop)
-            self._status.trimmed += fresh.total_within(position, stop)  # a trim may be repeated
 
-    async def _trim_at_once(self, start: int, end: int) -> None:
-        result: list[Exception | None] = []
-        over = trio.Event()
-
-        def done(error: Exception | None) -> None:
-            result.append(error)
-            over.set()
-
-        self._pool.trim(start, end - start, done)
-        await over.wait()
-        if result[0]:
-            raise FsError(errno.EIO, f"trim of [{start}, {end}) failed: {result[0]}") from result[0]
+    async def _give_back(self, start: int, end: int) -> None:
+        try:
+            await finished(partial(self._pool.trim, start, end - start))
+        except (ConnectionLostError, ServerError) as error:
+            raise FsError(errno.EIO, f"trim of [{start}, {end}) failed: {error}") from error
 
     def forget(self) -> None:
         """Give what was fetched ahead back to the budget."""
         self._readahead.drop_all()
 
-    def _check_readable(self, start: int, end: int) -> None:
-        if self._mount.broken:
-            raise FsError(errno.EIO, f"the snapshot is broken: {self._mount.broken}")
-        if self._closed.overlaps(start, end):
-            raise FsError(errno.EIO, f"[{start}, {end}) was given back, at least in part")
-
-    def _parts(self, start: int, end: int, blocks: list[Block]) -> list[_Part]:
+    def _parts(self, start: int, end: int, blocks: Sequence[Block]) -> list[_Part]:
         """`[start, end)` in pieces: those that blocks hold, and fetches for the gaps between them."""
         parts = []
         for block in blocks:
@@ -176,46 +155,36 @@ class NbdDisk:
     def _direct(self, start: int, end: int) -> _Part:
         """A fetch of just this range, widened to the server's minimum block."""
         unit = self._unit
-        fetch = Fetch(self._pool, self.data, start // unit * unit, min(-(-end // unit) * unit, self.size))
-        return _Part(fetch, start, end)
+        return _Part(Fetch(self._pool, start // unit * unit, min(-(-end // unit) * unit, self.size)), start, end)
 
-    async def _arrived(self, part: _Part) -> memoryview:
-        try:
-            await part.fetch.wait()
-        except (ServerError, WithdrawnError) as error:
-            if part.block is None:
-                raise self._failed(part, error) from error
-        except ConnectionLostError as error:
-            raise FsError(errno.EIO, f"the connection to the NBD server is lost: {error}") from error
-        else:
-            return part.fetch.view(part.start, part.end)
-        return await self._instead(part)
+    def _deliver(self, part: _Part, answer: Answer) -> None:
+        part.fetch.when_over(partial(self._arrived, part, answer))
 
-    async def _instead(self, part: _Part) -> memoryview:
-        """A block did not come: ask for exactly what the reader wants, the error may be a neighbour's."""
-        if part.block:
+    def _arrived(self, part: _Part, answer: Answer) -> None:
+        if part.fetch.error is None:
+            answer(part.fetch.view(part.start, part.end))
+        elif part.block:
             self._readahead.failed(part.block)
-        self._check_readable(part.start, part.end)
-        direct = self._direct(part.start, part.end)
-        try:
-            return await self._arrived(direct)
-        finally:
-            self._abandon([direct])
+            self._ask_again(part.start, part.end - part.start, answer)
+        else:
+            answer(self._failed(part, part.fetch.error))
 
-    def _abandon(self, parts: list[_Part]) -> None:
-        for part in parts:
-            if part.block is None and not part.fetch.over:
-                part.fetch.abandon()
+    def _ask_again(self, start: int, length: int, answer: Answer) -> None:
+        """It did not come by the lane or with a block: the error may be a neighbour's, or have gone by."""
+        if self._readable.covers(start, start + length):
+            self._ask(start, length, answer)
+        else:
+            answer(FsError(errno.EIO, f"[{start}, {start + length}) was trimmed meanwhile"))
+
+    def _ask(self, start: int, length: int, answer: Answer) -> None:
+        """Ask the server for exactly this."""
+        self._deliver(self._direct(start, start + length), answer)
 
     def _failed(self, part: _Part, error: Exception) -> FsError:
-        trimmed = self._closed.overlaps(part.start, part.end)
+        trimmed = self._trimmed.overlaps(part.start, part.end)
         if isinstance(error, ServerError) and error.errno == errno.EINVAL and not trimmed:
-            self._mount.mark_broken(f"QEMU refuses to read bytes [{part.start}, {part.end}) of a disk: {error}")
+            self._health.mark_broken(f"QEMU refuses to read bytes [{part.start}, {part.end}) of a disk: {error}")
         return FsError(errno.EIO, f"read of [{part.start}, {part.end}) failed: {error}")
-
-
-def _answer(fetch: Fetch, start: int, end: int, answer: Answer) -> None:
-    answer(None if fetch.error else fetch.view(start, end))
 
 
 @dataclass(slots=True)

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
-
-import trio
+from collections.abc import Callable, Iterable, Iterator
 
 from qfsbackup.nbd.inflight import Job
 from qfsbackup.nbd.pool import Pool
@@ -19,17 +17,17 @@ _uninitialised.restype = ctypes.py_object
 
 
 class Fetch:
-    """The bytes `[start, end)` of a disk. What is not in `data` is zero and not asked for."""
+    """The bytes `[start, end)` of a disk. Of what is not in `data` nothing is asked for; without `data` all is."""
 
     __slots__ = ("_jobs", "_pending", "_pool", "_then", "_view", "end", "error", "start")
 
-    def __init__(self, pool: Pool, data: RangeSet, start: int, end: int) -> None:
+    def __init__(self, pool: Pool, start: int, end: int, data: RangeSet | None = None) -> None:
         self._pool = pool
         self.start = start
         self.end = end
         self.error: Exception | None = None
         self._then: list[Callable[[], None]] = []
-        pieces = list(_pieces(data, start, end, pool.limit))
+        pieces = list(_pieces([(start, end)] if data is None else data.clip(start, end), pool.limit))
         is_full = sum(stop - begin for begin, stop in pieces) == end - start
         self._view = memoryview(_uninitialised(None, end - start) if is_full else bytearray(end - start))
         self._pending = len(pieces)
@@ -39,23 +37,9 @@ class Fetch:
             if self._pending:
                 self._jobs.append(job)
 
-    @property
-    def over(self) -> bool:
-        """Is nothing on its way any more."""
-        return self._pending == 0
-
     def view(self, start: int, end: int) -> memoryview:
         """The bytes `[start, end)`, without a copy; defined once this is over without an error."""
         return self._view[start - self.start : end - self.start]
-
-    async def wait(self) -> None:
-        """Until the bytes have come. Raises what their request raised."""
-        if self._pending:
-            arrived = trio.Event()
-            self._then.append(arrived.set)
-            await arrived.wait()
-        if self.error:
-            raise self.error
 
     def abandon(self) -> None:
         """Nobody waits any more: take back what has not gone out."""
@@ -80,9 +64,9 @@ class Fetch:
             then()
 
 
-def _pieces(data: RangeSet, start: int, end: int, limit: int) -> Iterator[tuple[int, int]]:
-    """The parts of `[start, end)` that have to be read; none crosses a multiple of `limit`."""
-    for begin, stop in data.clip(start, end):
+def _pieces(parts: Iterable[tuple[int, int]], limit: int) -> Iterator[tuple[int, int]]:
+    """The parts, cut so that none crosses a multiple of `limit`."""
+    for begin, stop in parts:
         while begin < stop:
             border = min((begin // limit + 1) * limit, stop)
             yield begin, border

@@ -21,7 +21,7 @@ import trio
 
 from qfsbackup.contracts import Disk
 from qfsbackup.errors import UserError
-from qfsbackup.facts import CONNECTIONS, Export, Sockets
+from qfsbackup.facts import CONNECTIONS, USUAL_CHUNK, Export, Sockets, fitting
 from qfsbackup.nbd import extents
 from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.nbd.budget import Budget
@@ -58,12 +58,14 @@ async def open_disks(
     connections: int = 4,
     bandwidth: Bandwidth | None = None,
     sockets: Sockets | None = None,
+    chunk: int | None = None,
 ) -> AsyncIterator[list[Disk]]:
     """The disks behind `exports`, in their order; their maps are fetched before anything can be trimmed.
 
-    `connections` for each at most. `bandwidth` and `sockets` are shared by all. Counts in `mount.disks`, and breaks
-    `mount` when a server goes away. Raises UserError where a server cannot be reached or does not offer what an export
-    says.
+    `connections` for each at most. `bandwidth` and `sockets` are shared by all. `chunk` is the size of chunks that was
+    asked for: where a map tells what changed, chunks that did not are not read ahead of. Counts in `mount.disks`, and
+    breaks `mount` when a server goes away. Raises UserError where a server cannot be reached or does not offer what an
+    export says.
     """
     each = min(connections, max(1, CONNECTIONS // max(1, len(exports))))
     budget, sockets = Budget(), {} if sockets is None else sockets
@@ -71,7 +73,9 @@ async def open_disks(
         found = await _all(len(exports), [partial(_find, export, connected) for export in exports])
         await _connect_more(found, each, connected)
         yield [
-            await stack.enter_async_context(_opened(one, mount, budget, bandwidth, sockets)) if one else EmptyDisk()
+            await stack.enter_async_context(_opened(one, mount, budget, bandwidth, sockets, chunk))
+            if one
+            else EmptyDisk()
             for one in found
         ]
 
@@ -156,21 +160,29 @@ async def _connect_more(found: Sequence[_Found | None], each: int, connected: Ha
 
 @asynccontextmanager
 async def _opened(
-    found: _Found, mount: Status, budget: Budget, bandwidth: Bandwidth | None, sockets: Sockets
+    found: _Found, mount: Status, budget: Budget, bandwidth: Bandwidth | None, sockets: Sockets, chunk: int | None
 ) -> AsyncIterator[Disk]:
-    export, status = found.export, mount.disks[found.export.disk]
+    export, figures, health = found.export, mount.disks[found.export.disk], mount.health
 
     def lost(error: ConnectionLostError) -> None:
-        mount.mark_broken(f"the connection to {where(export.uri)} is lost: {error}")
+        health.mark_broken(f"the connection to {where(export.uri)} is lost: {error}")
 
-    status.data, status.dirty = found.data.total(), found.dirty.total()
+    figures.data, figures.dirty = found.data.total(), found.dirty.total()
     async with pool(
-        found.handles, export.uri, export.size, status, bandwidth, lost, export.request_unit, sockets
+        found.handles, export.uri, export.size, figures, bandwidth, lost, export.request_unit, sockets
     ) as connections:
         can_trim = export.can_trim and connections.facts.can_trim
-        disk = NbdDisk(connections, found.data, found.dirty, can_trim, status, mount, budget)
-        connections.open_lane(disk.data, disk.seen, mount)
+        wanted = _wanted(found, chunk)
+        disk = NbdDisk(connections, found.data, found.dirty, can_trim, figures, health, budget, wanted)
         try:
             yield disk
         finally:
             disk.forget()
+
+
+def _wanted(found: _Found, chunk: int | None) -> RangeSet:
+    """The chunks that changed: a tool that skips the others wants nothing behind the end of one."""
+    if found.export.bitmap != "reuse":
+        return RangeSet()
+    size = found.export.size
+    return found.dirty.aligned_outward(fitting(size, chunk or USUAL_CHUNK), size)

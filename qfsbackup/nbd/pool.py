@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
+from qfsbackup.contracts import Answer
 from qfsbackup.facts import Sockets
 from qfsbackup.nbd._lane import Lane
 from qfsbackup.nbd.bandwidth import Bandwidth
@@ -17,8 +18,7 @@ from qfsbackup.nbd.connection import Buffer, Connection, ConnectionLostError, at
 from qfsbackup.nbd.handle import Handle
 from qfsbackup.nbd.inflight import Done, InFlight, Job
 from qfsbackup.ranges import RangeSet
-from qfsbackup.seen import Seen
-from qfsbackup.status import DiskStatus, Status
+from qfsbackup.status import DiskStatus
 from qfsbackup.tasks import background
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Pool:
         self._connections: list[Connection] = []
         self._bandwidth = bandwidth
         self._in_flight = InFlight(0, self._send)
-        self.lane: Lane | None = None
+        self._lane: Lane | None = None
         self._paying, self._to_pay = trio.open_memory_channel[Job](math.inf)
 
     def join(self, opened: Connection) -> None:
@@ -49,40 +49,31 @@ class Pool:
         self._connections.append(opened)
         self._in_flight.depth = DEPTH * len(self._connections)
 
-    def open_lane(self, data: RangeSet, seen: Seen, mount: Status) -> None:
-        """Let small reads of what is `data`, which never changes, go a shorter way, by a connection of their own.
+    def open_lane(self, data: RangeSet, failed: Callable[[int, int, Answer], None]) -> Lane | None:
+        """Let small reads of what is `data` go a shorter way, by a connection of their own.
 
-        What it answers is noted in `seen`. None is made where reads have to pay or there is but one connection.
+        What does not come is handed to `failed`. There is none where reads have to pay or there is but one connection.
         """
         if self._bandwidth or len(self._connections) < 2:
-            return
+            return None
         own, jobs = self._connections[-1], self._in_flight
-        sizes = own.size, own.minimum, self.limit
         others = jobs.running, jobs.waiting, jobs.advance
         try:
-            self.lane = Lane(own.handle, own.send_later, *others, mount, data.borders, seen.add, *sizes)
+            lane = Lane(own.handle, own.send_later, *others, failed, own.size, own.minimum, self.limit)
         except (AttributeError, ValueError) as error:  # where it keeps its handle is libnbd's own affair
             log.warning("this libnbd does not let small random reads go the short way: %s", error)
-            return
+            return None
+        lane.allow(data.borders)
         del self._connections[-1]
         jobs.depth = DEPTH * len(self._connections)
-        own.lend(self.lane.receive)
-        jobs.neighbour = self._status.short_cut = self.lane
-
-    def close_lane(self) -> None:
-        """Some of the disk must not be read any more: no read goes the short way."""
-        if self.lane:
-            self.lane.close()
+        own.lend(lane.receive)
+        jobs.neighbour = self._lane = lane
+        return lane
 
     @property
     def facts(self) -> Connection:
         """Any connection: all say the same of the export."""
         return self._connections[0]
-
-    @property
-    def is_paced(self) -> bool:
-        """Do reads wait for the bandwidth."""
-        return self._bandwidth is not None
 
     @property
     def limit(self) -> int:
@@ -152,8 +143,8 @@ class Pool:
         if self.lost:
             return
         self.lost = error
-        if self.lane:
-            self.lane.close()
+        if self._lane:
+            self._lane.close()
         for job in self._in_flight.take_waiting():
             job.done(error)
         while self._bandwidth and self._to_pay.statistics().current_buffer_used:

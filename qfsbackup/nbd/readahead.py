@@ -10,8 +10,8 @@ every block it used up:
                |--------window-------|
            [ block ][(hole) block ][ block ]          a block never crosses a multiple of BLOCK
 
-A block holds what is data in its range; nothing is fetched for a hole, nor from what is `closed` (trimmed). It is let
-go when all of it was handed out, when its reader has gone on without it, or when the budget needs it.
+A block holds what is data in its range; nothing is fetched for a hole, nor of what was trimmed. It is let go when all
+of it was handed out, when its reader has gone on without it, or when the budget needs it.
 """
 
 from __future__ import annotations
@@ -60,20 +60,15 @@ class Block:
 class Readahead:
     """What is fetched ahead on one disk."""
 
-    def __init__(self, pool: Pool, data: RangeSet, closed: RangeSet, size: int, budget: Budget) -> None:
-        """`closed` may grow while this is used; `close` says so."""
+    def __init__(self, pool: Pool, data: RangeSet, size: int, budget: Budget, wanted: RangeSet) -> None:
+        """`data` may shrink while this is used; `close` says so. Nobody is looked ahead over the ends of `wanted`."""
         self._pool = pool
         self._data = data
-        self._closed = closed
         self._size = size
         self._budget = budget
-        self._kept_to = RangeSet()
+        self._kept_to = wanted
         self._readers: OrderedDict[int, Reader] = OrderedDict()  # by what they want next, the longest idle first
         self._cells: dict[int, list[Block]] = {}  # by start // BLOCK
-
-    def keep_to(self, ranges: RangeSet) -> None:
-        """Do not look ahead over the ends of these ranges."""
-        self._kept_to = ranges
 
     def blocks(self, start: int, end: int) -> list[Block]:
         """The blocks that hold something of `[start, end)`, in order."""
@@ -160,7 +155,7 @@ class Readahead:
                 reader.ahead = start
                 return
             held += end - start
-            fetch = Fetch(self._pool, self._data, start, end)
+            fetch = Fetch(self._pool, start, end, self._data)
             self._add(Block(fetch, reader, self._data.total_within(start, end)))
 
     def _limit(self, position: int) -> int:
@@ -169,24 +164,12 @@ class Readahead:
         return self._kept_to.next_outside(position - 1, limit) if position - 1 in self._kept_to else limit
 
     def _plan(self, ahead: int, unit: int, limit: int) -> tuple[int, int]:
-        """The next block at or behind `ahead` that has data and is open; empty where there is none before `limit`."""
-        wanted = self._next_wanted(ahead, limit)
+        """The next block at or behind `ahead` that has data; empty where there is none before `limit`."""
+        wanted = self._data.next_inside(ahead, limit)
         if wanted >= limit:
             return limit, limit
         cell = wanted // unit * unit
-        start = max(ahead, cell)
-        if self._closed.overlaps(start, wanted):
-            start = wanted
-        return start, self._closed.next_inside(wanted, min(cell + unit, limit))
-
-    def _next_wanted(self, position: int, limit: int) -> int:
-        while position < limit:
-            position = self._data.next_inside(position, limit)
-            opened = self._closed.next_outside(position, limit)
-            if opened == position:
-                break
-            position = opened
-        return position
+        return max(ahead, cell), min(cell + unit, limit)
 
     def _add(self, block: Block) -> None:
         block.reader.blocks.append(block)

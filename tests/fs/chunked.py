@@ -8,6 +8,7 @@ import random
 
 import pytest
 
+from qfsbackup.contracts import awaited
 from qfsbackup.errors import FsError
 from qfsbackup.fs.chunks import ChunkedDisk, ChunkFile
 from qfsbackup.fs.grid import cut
@@ -38,5 +39,5 @@ def opened(view: ChunkedDisk, number: int) -> Handle:
 
 async def raises_eio(handle: Handle, offset: int = 0, length: int = 1) -> None:
     with pytest.raises(FsError) as raised:
-        await handle.read(offset, length)
+        await awaited(handle.read, offset, length)
     assert raised.value.errno == errno.EIO

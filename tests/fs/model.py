@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from qfsbackup.contracts import awaited
 from qfsbackup.fs.grid import Grid
 from qfsbackup.fs.node import Attributes, Directory, File, Node
 from qfsbackup.fs.tree import Tree
@@ -39,7 +40,7 @@ class Tool:
         if path in self.held and self.held[path][0] == key:
             self.skipped += 1
             return
-        self.held[path] = key, bytes(await file.open().read(0, LARGEST))
+        self.held[path] = key, bytes(await awaited(file.open().read, 0, LARGEST))
 
     def forget_others(self, paths: set[str]) -> None:
         self.held = {path: held for path, held in self.held.items() if path in paths}
@@ -59,7 +60,7 @@ class Since:
         files = dict(walk(tree))
         for path, file in files.items():
             if path not in self.held or file.attributes().time > self.started:
-                self.held[path] = bytes(trio.run(file.open().read, 0, LARGEST))
+                self.held[path] = bytes(trio.run(awaited, file.open().read, 0, LARGEST))
         self.held = {path: self.held[path] for path in files}
         self.started = now
 

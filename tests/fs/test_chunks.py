@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qfsbackup.contracts import awaited
 from qfsbackup.errors import FsError
-from qfsbackup.facts import is_chunk_size
+from qfsbackup.facts import MOST_CHUNKS, USUAL_CHUNK, fitting, is_chunk_size
 from qfsbackup.fs.chunks import ChunkedDisk
-from qfsbackup.fs.grid import MOST, USUAL, Grid, count, cut, fitting
+from qfsbackup.fs.grid import Grid, count, cut
 from qfsbackup.fs.inodes import is_chunk, parts
 from qfsbackup.fs.node import Attributes
 from qfsbackup.ranges import RangeSet
@@ -81,15 +82,15 @@ def test_a_base_with_a_wrong_number_of_times_is_no_base() -> None:
 @settings(deadline=None)
 def test_chunks_are_doubled_only_until_they_are_few_enough(size: int, chunk: int) -> None:
     fit = fitting(size, chunk)
-    assert count(size, fit) <= MOST
-    assert fit == chunk or count(size, fit // 2) > MOST
+    assert count(size, fit) <= MOST_CHUNKS
+    assert fit == chunk or count(size, fit // 2) > MOST_CHUNKS
     assert is_chunk_size(fit)
 
 
 def test_chunks_usually_have_four_mebibytes_and_a_disk_that_outgrows_its_chunks_gets_new_ones() -> None:
-    assert cut(1 << 30, RangeSet(), NEW).chunk == USUAL
-    base = cut(MOST * CHUNK, RangeSet(), OLD, None, CHUNK)
-    grown = cut(MOST * CHUNK + 1, RangeSet(), NEW, base)
+    assert cut(1 << 30, RangeSet(), NEW).chunk == USUAL_CHUNK
+    base = cut(MOST_CHUNKS * CHUNK, RangeSet(), OLD, None, CHUNK)
+    grown = cut(MOST_CHUNKS * CHUNK + 1, RangeSet(), NEW, base)
     assert grown.chunk == 2 * CHUNK
     assert set(grown.times) == {NEW}
 
@@ -102,7 +103,7 @@ def test_a_chunk_size_is_a_power_of_two_in_bounds(size: int) -> None:
 # ---- the layout ----
 
 
-@pytest.mark.parametrize("number", [0, 1, 255, 256, 257, 1000, MOST])
+@pytest.mark.parametrize("number", [0, 1, 255, 256, 257, 1000, MOST_CHUNKS])
 def test_names_are_in_the_order_of_the_disk_and_folders_are_small(number: int) -> None:
     content = MemoryDisk(b"")
     view = ChunkedDisk(frozen(content), 7, Grid(number * CHUNK, CHUNK, array("q", [NEW]) * number), NEW)
@@ -174,7 +175,7 @@ async def test_the_chunks_in_order_are_the_disk(data: list[tuple[int, int]]) -> 
     pieces = []
     for _, file in files(view):
         attributes = file.attributes()
-        pieces.append(bytes(await file.open().read(0, 10 * CHUNK)))
+        pieces.append(bytes(await awaited(file.open().read, 0, 10 * CHUNK)))
         assert attributes.size == len(pieces[-1])
         assert attributes.blocks >= 1
     assert b"".join(pieces) == content
@@ -196,5 +197,5 @@ async def test_punching_a_chunk_punches_the_disk_there() -> None:
     view = view_of(disk)
     await opened(view, 2).punch(0, 10 * CHUNK)
     assert disk.trims == [(2 * CHUNK, 3 * CHUNK)]
-    assert bytes(await opened(view, 2).read(0, CHUNK)) == bytes(CHUNK)
-    assert bytes(await opened(view, 3).read(0, CHUNK)) == NOISE[3 * CHUNK : 4 * CHUNK]
+    assert bytes(await awaited(opened(view, 2).read, 0, CHUNK)) == bytes(CHUNK)
+    assert bytes(await awaited(opened(view, 3).read, 0, CHUNK)) == NOISE[3 * CHUNK : 4 * CHUNK]

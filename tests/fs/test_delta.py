@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qfsbackup.contracts import awaited
 from qfsbackup.errors import FsError
 from qfsbackup.facts import CLUSTER
 from qfsbackup.fs.delta import Delta
@@ -57,7 +58,7 @@ async def test_its_data_over_the_old_image_is_the_new_one(
     for start, end in RangeSet(dirty):
         expected[start:end] = disk.content[start:end]
     for start, end in data_extents(delta):
-        image[start:end] = await delta.read(start, end - start)
+        image[start:end] = await awaited(delta.read, start, end - start)
     assert image == expected
 
 
@@ -70,8 +71,8 @@ async def test_all_that_is_clean_is_zeros_and_what_is_dirty_is_the_disk(
     expected = bytearray(SIZE)
     for start, end in RangeSet(dirty):
         expected[start:end] = disk.content[start:end]
-    assert bytes(await delta.read(0, 2 * SIZE)) == expected
-    assert await delta.read(SIZE, 1) == b""
+    assert bytes(await awaited(delta.read, 0, 2 * SIZE)) == expected
+    assert await awaited(delta.read, SIZE, 1) == b""
     assert data_extents(delta) == RangeSet(dirty)
     assert delta.attributes().blocks == max(-(-RangeSet(dirty).total() // 512), 1)
 
@@ -99,16 +100,16 @@ def test_seek_at_the_end_is_enxio(whence: int) -> None:
 
 async def test_a_broken_snapshot_fails_every_read_holes_too() -> None:
     _, delta = make_delta([], [])
-    delta._disk._status.mark_broken("as a test")
+    delta._disk._health.mark_broken("as a test")
     with pytest.raises(FsError) as raised:
-        await delta.read(0, 10)
+        await awaited(delta.read, 0, 10)
     assert raised.value.errno == errno.EIO
 
 
 async def test_clean_bytes_that_were_released_are_no_error_for_they_are_not_shown() -> None:
     _, delta = make_delta([(0, SIZE)], [(0, 100)])
     await delta._disk.release(CLUSTER, SIZE)
-    assert bytes(await delta.read(0, SIZE)) == NOISE[:100] + bytes(SIZE - 100)
+    assert bytes(await awaited(delta.read, 0, SIZE)) == NOISE[:100] + bytes(SIZE - 100)
     await delta._disk.release(0, CLUSTER)
     with pytest.raises(FsError):
-        await delta.read(0, SIZE)
+        await awaited(delta.read, 0, SIZE)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qfsbackup.contracts import awaited
 from qfsbackup.fs import maps
 from qfsbackup.ranges import RangeSet
 
@@ -22,8 +23,8 @@ extents = st.lists(
 async def content(file: maps.MapFile) -> str:
     """Read as the kernel reads, in pieces."""
     size = file.attributes().size
-    pieces = [await file.read(offset, 1000) for offset in range(0, size, 1000)]
-    assert await file.read(size, 1) == b""
+    pieces = [bytes(await awaited(file.read, offset, 1000)) for offset in range(0, size, 1000)]
+    assert await awaited(file.read, size, 1) == b""
     return b"".join(pieces).decode()
 
 

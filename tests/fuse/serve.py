@@ -19,6 +19,8 @@ import os
 import random
 import socket
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -28,7 +30,7 @@ from qfsbackup.facts import Snapshot
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.tree import ShownDisk, build_tree
 from qfsbackup.fuse.mount import mounted
-from qfsbackup.fuse.operations import Owner
+from qfsbackup.fuse.operations import Permissions
 from qfsbackup.mount.defects import defects_raised
 from qfsbackup.ranges import RangeSet
 from qfsbackup.status import DiskStatus, Status
@@ -48,26 +50,24 @@ def content(size: int) -> bytes:
 
 
 class Defect(MemoryDisk):
-    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:  # noqa: ARG002  # a fake
+    def read(self, start: int, length: int, answer: Answer) -> None:  # noqa: ARG002  # a fake
         raise ZeroDivisionError("a defect")
 
-    async def trim(self, offset: int, length: int) -> None:  # noqa: ARG002  # a fake
+    async def trim(self, start: int, length: int) -> None:  # noqa: ARG002  # a fake
         raise ZeroDivisionError("a defect")
 
 
 class Pair(MemoryDisk):
     def __init__(self, size: int) -> None:
         super().__init__(content(size))
-        self._first: trio.Event | None = None
+        self._first: Callable[[], None] | None = None
 
-    async def read(self, offset: int, length: int) -> bytes:
-        if self._first is None:
-            self._first = trio.Event()
-            await self._first.wait()
-        else:
-            self._first.set()
-            self._first = None
-        return await super().read(offset, length)
+    def read(self, start: int, length: int, answer: Answer) -> None:
+        this, first = partial(super().read, start, length, answer), self._first
+        self._first = None if first else this
+        if first:
+            first()
+            this()
 
 
 class Slow(MemoryDisk):
@@ -76,16 +76,16 @@ class Slow(MemoryDisk):
     def __init__(self, size: int, pipe: int) -> None:
         super().__init__(content(size))
         self._pipe = pipe
-        self._trimmed = trio.Event()
+        self._waiting: list[Callable[[], None]] = []
 
-    async def read(self, offset: int, length: int) -> bytes:
+    def read(self, start: int, length: int, answer: Answer) -> None:
+        self._waiting.append(partial(super().read, start, length, answer))
         os.write(self._pipe, b"r")
-        await self._trimmed.wait()
-        return self.content[offset : offset + length]
 
-    async def trim(self, offset: int, length: int) -> None:
-        await super().trim(offset, length)
-        self._trimmed.set()
+    async def trim(self, start: int, length: int) -> None:
+        for read in self._waiting:
+            read()
+        await super().trim(start, length)
 
 
 class Trap(MemoryDisk):
@@ -95,10 +95,9 @@ class Trap(MemoryDisk):
         super().__init__(content(size))
         self._trigger, self.socket = socket.socketpair()
 
-    def read_soon(self, offset: int, length: int, answer: Answer) -> bool:
+    def read(self, start: int, length: int, answer: Answer) -> None:
         self._trigger.send(b"now")
-        answer(self.content[offset : offset + length])
-        return True
+        super().read(start, length, answer)
 
     def spring(self) -> None:
         self.socket.recv(64)
@@ -127,12 +126,12 @@ def reads_pipe(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}-reads")
 
 
-async def serve(directory: Path, owner: Owner) -> None:
+async def serve(directory: Path, permissions: Permissions) -> None:
     os.mkfifo(reads_pipe(directory))
     disks = make_disks(os.open(reads_pipe(directory), os.O_RDWR))
     status = Status(disks={name: DiskStatus(disk.size) for name, disk in disks.items()})
     shown = [
-        ShownDisk(name, number, FrozenDisk(disk, status, status.disks[name]))
+        ShownDisk(name, number, FrozenDisk(disk, status.health, status.disks[name]))
         for number, (name, disk) in enumerate(disks.items())
     ]
     status.facts["trims"] = {name: disk.trims for name, disk in disks.items()}
@@ -141,7 +140,7 @@ async def serve(directory: Path, owner: Owner) -> None:
     trap = disks["trap"]
     assert isinstance(trap, Trap)
     sockets = {trap.socket.fileno(): trap.spring}
-    async with defects_raised(), mounted(tree, directory, "memory, with \\ a comma", owner, sockets) as unmounted:
+    async with defects_raised(), mounted(tree, directory, "memory, with \\ a comma", permissions, sockets) as unmounted:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.connect(os.environ["NOTIFY_SOCKET"].replace("@", "\0", 1))
             notify.send(b"READY=1")
@@ -149,7 +148,7 @@ async def serve(directory: Path, owner: Owner) -> None:
 
 
 def main(directory: str, uid: str = "0", gid: str = "0", mode: str = "") -> None:
-    trio.run(serve, Path(directory), Owner(int(uid), int(gid), int(mode, 8) if mode else None))
+    trio.run(serve, Path(directory), Permissions(int(uid), int(gid), int(mode, 8) if mode else None))
 
 
 if __name__ == "__main__":

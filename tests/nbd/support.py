@@ -18,13 +18,14 @@ from typing import ParamSpec
 import trio
 import trio.testing
 
+from qfsbackup.health import Health
 from qfsbackup.nbd.budget import Budget
 from qfsbackup.nbd.connection import Buffer, ConnectionLostError, ServerError
 from qfsbackup.nbd.disk import NbdDisk
 from qfsbackup.nbd.inflight import Done
 from qfsbackup.nbd.pool import Pool
 from qfsbackup.ranges import RangeSet
-from qfsbackup.status import DiskStatus, Status
+from qfsbackup.status import DiskStatus
 
 P = ParamSpec("P")
 
@@ -123,23 +124,30 @@ class Bed:
     pool: Pool
     budget: Budget
     status: DiskStatus
-    mount: Status
+    health: Health
     trims: RangeSet = field(default_factory=RangeSet)  # what the test asked to trim
 
 
 @asynccontextmanager
 async def fake_disk(
-    content: bytes, data: RangeSet | None = None, *, budget: Budget | None = None, minimum: int = 1
+    content: bytes,
+    data: RangeSet | None = None,
+    *,
+    budget: Budget | None = None,
+    minimum: int = 1,
+    wanted: RangeSet | None = None,
 ) -> AsyncIterator[Bed]:
     """A disk on a server of `content`, in the place of open_disk."""
     async with trio.open_nursery() as nursery:
         server = FakeServer(content, nursery)
-        status, mount, budget = DiskStatus(len(content)), Status(), budget or Budget()
+        status, health, budget = DiskStatus(len(content)), Health(), budget or Budget()
         pool = Pool(status, None)
-        for _ in range(2):
-            pool.join(FakeConnection(server, minimum))  # type: ignore[arg-type]  # the fake stands for a Connection
+        one, two = FakeConnection(server, minimum), FakeConnection(server, minimum)
+        pool.join(one)  # type: ignore[arg-type]  # the fake stands for a Connection
         everything = RangeSet([(0, len(content))])
-        disk = NbdDisk(pool, everything if data is None else data, everything, True, status, mount, budget)
-        yield Bed(server, disk, pool, budget, status, mount)
+        data = everything if data is None else data
+        disk = NbdDisk(pool, data, everything, True, status, health, budget, wanted or RangeSet())
+        pool.join(two)  # type: ignore[arg-type]  # as above; there is no lane over a fake
+        yield Bed(server, disk, pool, budget, status, health)
         disk.forget()
         pool.lose(ConnectionLostError("the disk was closed"))

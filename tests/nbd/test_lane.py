@@ -6,103 +6,49 @@ All on real servers, for the lane is C over libnbd.
 
 import random
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
 
-from qfsbackup.contracts import Disk
+from qfsbackup.contracts import Buffer, Disk, awaited
 from qfsbackup.errors import FsError
-from qfsbackup.facts import CLUSTER, Buffer
+from qfsbackup.facts import CLUSTER
 from qfsbackup.nbd.bandwidth import Bandwidth
-from qfsbackup.status import DiskStatus, Status
+from qfsbackup.status import Status
 from tests.harness.disk import MIB
 from tests.harness.nbd_server import make_certificates, nbdkit, qemu_nbd
 from tests.harness.qemu import Qemu
 from tests.nbd.disks import CONTENT, half_broken, opened, served
+from tests.nbd.short import Read, lane_of, short, slow
 from tests.nbd.support import fake_disk, in_fast_time
 
 SIZE = len(CONTENT)
 
 
-class Read:
-    """One read by the short way."""
-
-    def __init__(self, disk: Disk, start: int, length: int) -> None:
-        self.content: bytes | None = None
-        self.tokens: list[object] = []
-        self._over = trio.Event()
-        self.taken = disk.short_cut is not None and disk.short_cut(self._answer, self, start, length)
-
-    def _answer(self, token: object, content: Buffer | None) -> None:
-        self.tokens.append(token)
-        self.content = None if content is None else bytes(content)
-        self._over.set()
-
-    async def answer(self) -> bytes | None:
-        """What was read, None where it failed."""
-        with trio.fail_after(10):
-            await self._over.wait()
-        assert self.tokens == [self], "answered once, and with the token that it was given"
-        return self.content
-
-
-async def short(disk: Disk, start: int, length: int) -> bytes | None:
-    """What the short way gives; None where it does not take the read, or fails."""
-    read = Read(disk, start, length)
-    return await read.answer() if read.taken else None
-
-
-@asynccontextmanager
-async def slow(directory: Path, *filters: str) -> AsyncIterator[tuple[Disk, DiskStatus]]:
-    """CONTENT on a server that takes a moment for each read."""
-    image = directory / "slow.raw"
-    image.write_bytes(CONTENT)
-    words = [f"--filter={name}" for name in filters] + ["--filter=delay", "file", str(image), "delay-read=50ms"]
-    async with nbdkit(directory, words) as server, opened(server.uri, SIZE) as (disk, counters):
-        yield disk, counters
-
-
 async def test_a_small_read_gives_the_bytes_and_is_counted(qemu: Qemu, tmp_path: Path) -> None:
     async with served(qemu, tmp_path) as server, opened(server.uri, SIZE) as (disk, counters):
-        for start, length in [(4096, 4096), (1, 1), (12345, 6789), (SIZE - 512, 512), (CLUSTER, CLUSTER)]:
+        reads = [(4096, 4096), (1, 1), (12345, 6789), (SIZE - 512, 512), (CLUSTER, CLUSTER)]
+        for start, length in reads:
             assert await short(disk, start, length) == CONTENT[start : start + length]
-        assert counters.short_cut is not None
-        assert counters.short_cut.requests == 5
-        assert counters.short_cut.answered == counters.short_cut.asked == 4096 + 1 + 6789 + 512 + CLUSTER
-        assert counters.nbd_requests == 0
-
-
-async def test_what_was_answered_is_noted(qemu: Qemu, tmp_path: Path) -> None:
-    reads = [(start, start + 512) for start in range(0, 4 * 4096, 4096)]
-    async with served(qemu, tmp_path) as server, opened(server.uri, SIZE) as (disk, _):
-        for start, _end in reads:
-            assert await short(disk, start, 512) is not None
-        assert list(disk.seen.ranges()) == reads
-    (tmp_path / "slow").mkdir()
-    async with slow(tmp_path / "slow") as (disk, _):
-        late = Read(disk, 8192, 4096)
-        disk.end_short_cut()
-        assert not disk.seen.ranges()
-        assert await late.answer() is not None
-        assert list(disk.seen.ranges()) == [(8192, 8192 + 4096)]
+            assert await awaited(disk.read, start, length) == CONTENT[start : start + length]
+        assert counters.nbd_requests == 5
+        assert counters.nbd_bytes == sum(length for _, length in reads)
 
 
 async def test_what_was_read_stays_as_it_is_for_who_keeps_it(qemu: Qemu, tmp_path: Path) -> None:
-    kept: list[Buffer] = []
+    kept: list[memoryview] = []
     async with served(qemu, tmp_path) as server, opened(server.uri, SIZE) as (disk, _):
-        assert disk.short_cut
-        over = trio.Event()
+        lane, over = lane_of(disk), trio.Event()
+        assert lane
 
-        def keep(_token: object, content: Buffer | None) -> None:
-            assert content is not None
+        def keep(content: Buffer | FsError) -> None:
+            assert not isinstance(content, FsError)
             kept.append(memoryview(content)[1:])
             over.set()
 
-        assert disk.short_cut(keep, None, 65536, 4096)
+        assert lane.read(65536, 4096, keep)
         await over.wait()
         for start in range(MIB, 2 * MIB, 32768):
             assert await short(disk, start, 512) == CONTENT[start : start + 512]
@@ -140,21 +86,47 @@ async def test_a_read_meets_neither_another_one_nor_a_job(tmp_path: Path) -> Non
 
 
 async def read_right(disk: Disk, start: int, length: int) -> None:
-    assert await disk.read(start, length) == CONTENT[start : start + length]
+    assert await awaited(disk.read, start, length) == CONTENT[start : start + length]
 
 
-async def test_the_first_trim_and_a_broken_snapshot_end_it(qemu: Qemu, tmp_path: Path) -> None:
+async def test_after_a_trim_all_but_that_goes_the_short_way(qemu: Qemu, tmp_path: Path) -> None:
     async with served(qemu, tmp_path) as server, opened(server.uri, SIZE) as (disk, _):
         assert await short(disk, 0, 512) is not None
-        await disk.trim(MIB, CLUSTER)
-        assert not Read(disk, 3 * MIB, 512).taken
-        assert await disk.read(3 * MIB, 512) == CONTENT[3 * MIB : 3 * MIB + 512]
-    status = Status()
-    (tmp_path / "again").mkdir()
-    async with served(qemu, tmp_path / "again") as server, opened(server.uri, SIZE, status) as (disk, _):
-        assert await short(disk, 0, 512) is not None
-        status.mark_broken("a test says so")
-        assert not Read(disk, 3 * MIB, 512).taken
+        for start, end in [(MIB, MIB + CLUSTER), (2 * MIB + 100, 2 * MIB + 1000)]:
+            await disk.trim(start, end - start)
+            for before, length in [(512, 513), (0, 1), (-50, 100), (1 - (end - start), 512)]:
+                assert not Read(disk, start - before, length).taken
+                with pytest.raises(FsError):
+                    await awaited(disk.read, start - before, length)
+            assert await short(disk, start - 64, 64) == CONTENT[start - 64 : start]
+            assert await short(disk, end + 1, 64) == CONTENT[end + 1 : end + 65]
+
+
+async def test_what_may_be_read_changes_while_reads_are_in_flight(tmp_path: Path) -> None:
+    async with slow(tmp_path) as (disk, _), trio.open_nursery() as nursery:
+        reads = [Read(disk, number * CLUSTER + 512, 4096) for number in range(1, 20)]
+        assert all(read.taken for read in reads)
+        for number in range(5, 15):
+            nursery.start_soon(disk.trim, number * CLUSTER, CLUSTER)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not Read(disk, 5 * CLUSTER + 8192, 512).taken
+        for number, read in enumerate(reads, 1):
+            start = number * CLUSTER + 512
+            assert await read.answer() == CONTENT[start : start + 4096], "they were asked for before"
+        assert await short(disk, 30 * CLUSTER, 512) == CONTENT[30 * CLUSTER : 30 * CLUSTER + 512]
+
+
+async def test_closing_answers_what_a_server_that_hangs_does_not(tmp_path: Path) -> None:
+    image, status = tmp_path / "image", Status()
+    image.write_bytes(CONTENT)
+    async with nbdkit(tmp_path, ["--filter=delay", "file", str(image), "delay-read=60"]) as server:
+        async with opened(server.uri, SIZE, status) as (disk, _):
+            reads = [Read(disk, number * CLUSTER, 512) for number in range(20)]
+            assert all(read.taken for read in reads)
+        for read in reads:
+            assert isinstance(await read.answer(), FsError)
+        assert not status.health.broken
+        server.process.kill()
 
 
 async def test_a_trim_waits_for_the_reads_in_flight(tmp_path: Path) -> None:
@@ -169,10 +141,10 @@ async def test_a_bad_sector_is_told_and_harms_nobody_else(tmp_path: Path) -> Non
     async with half_broken(tmp_path, "EIO") as server, opened(server.uri, SIZE) as (disk, _):
         bad, good = Read(disk, MIB + 4096, 512), Read(disk, 4096, 512)
         assert (bad.taken, good.taken) == (True, True)
-        assert await bad.answer() is None
+        assert isinstance(await bad.answer(), FsError)
         assert await good.answer() == CONTENT[4096 : 4096 + 512]
         with pytest.raises(FsError):
-            await disk.read(MIB + 4096, 512)
+            await awaited(disk.read, MIB + 4096, 512)
         assert await short(disk, 3 * MIB, 512) == CONTENT[3 * MIB : 3 * MIB + 512]
 
 
@@ -186,11 +158,11 @@ async def test_a_server_that_dies_leaves_no_read_without_an_answer(tmp_path: Pat
         assert all(read.taken for read in reads)
         server.process.kill()
         for read in reads:
-            assert await read.answer() is None
-        assert status.broken
+            assert isinstance(await read.answer(), FsError)
+        assert status.health.broken
         assert not Read(disk, 3 * MIB, 512).taken
         with pytest.raises(FsError):
-            await disk.read(0, 512)
+            await awaited(disk.read, 0, 512)
 
 
 async def test_a_minimum_block_is_honoured(tmp_path: Path) -> None:
@@ -201,15 +173,15 @@ async def test_a_minimum_block_is_honoured(tmp_path: Path) -> None:
     async with nbdkit(tmp_path, words) as server, opened(server.uri, SIZE) as (disk, counters):
         assert await short(disk, 5000, 10) == CONTENT[5000:5010]
         assert await short(disk, 8190, 4) == CONTENT[8190:8194]
-        assert counters.short_cut is not None
-        assert (counters.short_cut.asked, counters.short_cut.answered) == (3 * 4096, 14)
+        assert (counters.nbd_requests, counters.nbd_bytes) == (0, 0), "the short way alone counts nothing"
+        assert await awaited(disk.read, 20000, 1) == CONTENT[20000:20001]
+        assert (counters.nbd_requests, counters.nbd_bytes) == (1, 4096)
 
 
 @in_fast_time
 async def test_a_libnbd_that_hides_its_handle_costs_the_short_way_and_nothing_else() -> None:
     async with fake_disk(CONTENT) as bed:
-        bed.pool.open_lane(bed.disk.data, bed.disk.seen, bed.mount)
-        assert bed.disk.short_cut is None
+        assert bed.pool.open_lane(bed.disk.data, bed.disk._ask_again) is None
         await read_right(bed.disk, 4096, 4096)
 
 
@@ -238,7 +210,7 @@ async def test_who_has_to_pay_goes_the_ordinary_way(qemu: Qemu, tmp_path: Path) 
         served(qemu, tmp_path) as server,
         opened(server.uri, SIZE, bandwidth=Bandwidth(MIB)) as (disk, _),
     ):
-        assert disk.short_cut is None
+        assert lane_of(disk) is None
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -263,7 +235,7 @@ async def test_readers_of_all_kinds_get_the_disk_and_nothing_in_flight_overlaps(
                     content = await short(disk, begin, end - begin)
                     taken += content is not None
                     if content is None:
-                        content = bytes(await disk.read(begin, end - begin))
+                        content = await awaited(disk.read, begin, end - begin)
                     assert content == CONTENT[begin:end]
 
         async with trio.open_nursery() as nursery:

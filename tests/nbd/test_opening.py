@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from qfsbackup.contracts import awaited
 from qfsbackup.errors import UserError
 from qfsbackup.facts import CONNECTIONS, Export, Sockets
 from qfsbackup.nbd import opening
@@ -42,7 +43,7 @@ async def connections_of(exports: list[Export], status: Status, wanted: int) -> 
     """How many there are, while every disk can be read."""
     sockets: Sockets = {}
     async with open_disks(exports, status, wanted, sockets=sockets) as disks:
-        contents = {bytes(await disk.read(0, SIZE)) for disk in disks}
+        contents = {bytes(await awaited(disk.read, 0, SIZE)) for disk in disks}
         assert len(contents) == 1
         return len(sockets)
 

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from qfsbackup.errors import UserError
-from qfsbackup.mount.health import look_at_files
+from qfsbackup.mount.checking import look_at_files
 from qfsbackup.ranges import RangeSet
 from qfsbackup.vm.freeze import Freeze
 from qfsbackup.vm.look.graph import look

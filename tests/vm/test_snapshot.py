@@ -9,7 +9,7 @@ import trio
 
 from qfsbackup.errors import UserError
 from qfsbackup.facts import CLUSTER
-from qfsbackup.mount.health import look_at_files
+from qfsbackup.mount.checking import look_at_files
 from qfsbackup.vm.quirks import survives_iothread
 from tests.harness.disk import MIB, Disk
 from tests.harness.files import allocated, make_random

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from array import array
 
-from qfsbackup import _seen
+from qfsbackup.fs import _seen
 from qfsbackup.ranges import RangeSet
 
 

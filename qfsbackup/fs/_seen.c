@@ -128,7 +128,7 @@ static PyMethodDef seen_methods[] = {
 };
 
 static PyTypeObject seen_type = {
-    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "qfsbackup._seen.Seen",
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "qfsbackup.fs._seen.Seen",
     .tp_doc = "Seen(): what readers were answered; nothing yet.",
     .tp_basicsize = sizeof(Seen),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,

@@ -30,19 +30,19 @@ async def look_at_files(status: Status, seconds: float = LOOK_TIMEOUT) -> None:
     try:
         found = await in_time(status.look_at_fleecing, seconds)
     except NoAnswerError:
-        status.mark_broken(f"the fleecing folder's file system has not answered for {seconds:.0f} s")
+        status.health.mark_broken(f"the fleecing folder's file system has not answered for {seconds:.0f} s")
     except OSError as error:
-        status.mark_broken(f"the fleecing files cannot be looked at: {error.strerror}")
+        status.health.mark_broken(f"the fleecing files cannot be looked at: {error.strerror}")
     else:
         status.note(found)
 
 
 async def check(status: Status, disks: Sequence[Disk], seconds: float = CHECK_TIMEOUT) -> bool:
-    """Look, and read a little of every disk: afterwards `status.broken` is true for this moment.
+    """Look, and read a little of every disk: afterwards `status.health.broken` is true for this moment.
 
     False where a disk has not answered in time.
     """
-    if status.broken:
+    if status.health.broken:
         return True
     async with trio.open_nursery() as nursery:
         nursery.start_soon(look_at_files, status, min(seconds, LOOK_TIMEOUT))
@@ -59,4 +59,4 @@ async def _read(disk: Disk, status: Status) -> None:
     try:
         await disk.probe()
     except FsError as error:
-        status.mark_broken(str(error))
+        status.health.mark_broken(str(error))

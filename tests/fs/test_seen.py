@@ -6,9 +6,9 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qfsbackup._seen import MOST, UNIT
+from qfsbackup.fs._seen import MOST, UNIT
+from qfsbackup.fs.seen import Seen
 from qfsbackup.ranges import RangeSet
-from qfsbackup.seen import Seen
 
 ranges = st.lists(st.tuples(st.integers(0, 500), st.integers(0, 50)).map(lambda pair: (pair[0], sum(pair))))
 

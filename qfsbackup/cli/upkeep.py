@@ -21,7 +21,7 @@ from qfsbackup.state.store import DiskState, Store, find_store
 from qfsbackup.vm.agent import AgentError
 from qfsbackup.vm.bitmaps.checkpoint import bitmap_name, count, problem
 from qfsbackup.vm.bitmaps.leftovers import FOREIGN, bitmaps_of, remove_all, remove_leftovers, remove_marked
-from qfsbackup.vm.cleanup import cleanup, refuse_living
+from qfsbackup.vm.cleanup import refuse_living, undo_leftovers
 from qfsbackup.vm.freeze import thaw_leftover
 from qfsbackup.vm.left import left
 from qfsbackup.vm.look.content import content_of
@@ -91,7 +91,7 @@ def _store(options: Options, path: Path, machine: Machine) -> AbstractContextMan
 
 
 async def _clean_up(options: Options, path: Path, qmp: Monitor) -> list[str]:
-    done = await cleanup(qmp, options.agent)
+    done = await undo_leftovers(qmp, options.agent)
     with _store(options, path, await look(qmp)) as store:
         generations = store.generations() if store else set()
 

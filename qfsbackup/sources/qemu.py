@@ -18,9 +18,8 @@ from qfsbackup.errors import UserError
 from qfsbackup.facts import CLUSTER, CheckpointRequest, Export, Known, Snapshot
 from qfsbackup.status import DiskStatus, Status
 from qfsbackup.vm.bitmaps.leftovers import bitmaps_of, remove_bitmap, remove_leftovers, remove_marked
-from qfsbackup.vm.bitmaps.recording import MAP
 from qfsbackup.vm.bitmaps.starting_points import report, starting_points
-from qfsbackup.vm.cleanup import cleanup
+from qfsbackup.vm.cleanup import undo_leftovers
 from qfsbackup.vm.fleecing import look_at
 from qfsbackup.vm.freeze import Freeze
 from qfsbackup.vm.left import left
@@ -30,8 +29,10 @@ from qfsbackup.vm.look.selection import choose, left_out, refuse_disks, refuse_m
 from qfsbackup.vm.monitor import Monitor, QmpError
 from qfsbackup.vm.monitors.qmp_socket import connect
 from qfsbackup.vm.node import undoing
+from qfsbackup.vm.ours import MAP
 from qfsbackup.vm.presence import listens
 from qfsbackup.vm.quirks import text
+from qfsbackup.vm.recipes import RECIPES
 from qfsbackup.vm.snapshot import Served, Taken, take
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class QemuSource:
         with trio.move_on_after(AGAIN_TIMEOUT, shield=True):
             try:
                 async with connect(self.socket, on_gone=log.debug) as qmp:
-                    for undone in await cleanup(qmp, self.agent):
+                    for undone in await undo_leftovers(qmp, self.agent):
                         log.warning("after the connection to QEMU was lost: %s", undone)
                     await self._remove_marked(qmp, await look(qmp))
                     self.status.unrestored = ", ".join(await left(qmp)) or None
@@ -123,7 +124,7 @@ class QemuSource:
                 log.debug("nothing can be undone: %s", error)
 
     async def _snapshot(self, qmp: Monitor, stack: AsyncExitStack, uncommitted: set[str]) -> Snapshot:
-        for undone in await cleanup(qmp, self.agent):
+        for undone in await undo_leftovers(qmp, self.agent):
             log.warning("left by an earlier snapshot: %s", undone)
         machine = await look(qmp)
         refuse_machine(machine)
@@ -140,6 +141,7 @@ class QemuSource:
             qmp,
             machine,
             chosen,
+            recipe=RECIPES["filters"],
             checkpoints=checkpoints,
             in_image=self.checkpoint is None or self.checkpoint.in_image,
             fleece=self.fleece,

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from qfsbackup.errors import UserError
 from qfsbackup.vm.agent import AgentError
-from qfsbackup.vm.bitmaps.low_water import LOW_WATER
 from qfsbackup.vm.fleecing import empty_fdsets, remove_fdsets
 from qfsbackup.vm.fleecing_folder import answers, files_of
 from qfsbackup.vm.freeze import thaw_leftover
@@ -21,19 +20,16 @@ from qfsbackup.vm.holder import held_by
 from qfsbackup.vm.left import left
 from qfsbackup.vm.look.graph import look_at_graph
 from qfsbackup.vm.monitor import Monitor
-from qfsbackup.vm.node import remove_node, take_out
-from qfsbackup.vm.owner import FROZEN, NEW, OWNER, PREFIX, Owner, living_owner, remove_line
-from qfsbackup.vm.pause import STOPPED, resume, running
+from qfsbackup.vm.node import remove_node
+from qfsbackup.vm.ours import ACCESS, FLEECING, FROZEN, LOW_WATER, NEW, OWNER, PREFIX
+from qfsbackup.vm.owner import Owner, living_owner, remove_line
+from qfsbackup.vm.recipes import RECIPES
 from qfsbackup.vm.server import stop_server
-from qfsbackup.vm.snapshot import ACCESS, FILTER, FLEECING
 
 log = logging.getLogger(__name__)
 
-# What stands on others goes first; the owner's mark goes last, so that an interrupted clean-up can be repeated.
-ORDER = (ACCESS, FILTER, FLEECING, LOW_WATER, OWNER)
 
-
-async def cleanup(qmp: Monitor, agent: Path | None = None) -> list[str]:
+async def undo_leftovers(qmp: Monitor, agent: Path | None = None) -> list[str]:
     """Undo a dead mount's leftovers; returns what was undone. `agent` is the guest agent's socket, if there is one.
 
     Raises UserError where the mount is alive or something cannot be undone, QmpError where QEMU cannot be asked.
@@ -92,11 +88,7 @@ async def _ours(qmp: Monitor) -> list[str]:
 
 async def _free_guest(qmp: Monitor, ours: Sequence[str], agent: Path | None) -> list[str]:
     """Let a guest that we stopped run on, then thaw it: a stopped guest's agent cannot answer."""
-    done = []
-    if STOPPED in ours:
-        stood = not await running(qmp)
-        await resume(qmp)
-        done += ["let the guest run on"] if stood and await running(qmp) else []
+    done = [line for recipe in RECIPES.values() for line in await recipe.free_guest(qmp, ours)]
     if FROZEN in ours:
         done += await _thaw(qmp, agent)
     return done
@@ -118,9 +110,15 @@ async def _thaw(qmp: Monitor, agent: Path | None) -> list[str]:
 
 
 async def _remove_nodes(qmp: Monitor, ours: Sequence[str]) -> None:
-    for prefix in ORDER:
-        names = [name for name in ours if name.startswith(prefix)]
-        if prefix == FILTER and names:
-            await take_out(qmp, names)
-        for name in names:
+    """What stands on others goes first; the owner's mark goes last, so that an interrupted clean-up can be repeated."""
+    await _remove(qmp, ours, ACCESS)
+    for recipe in RECIPES.values():
+        await recipe.take_down(qmp, ours)
+    for prefix in (FLEECING, LOW_WATER, OWNER):
+        await _remove(qmp, ours, prefix)
+
+
+async def _remove(qmp: Monitor, ours: Sequence[str], prefix: str) -> None:
+    for name in ours:
+        if name.startswith(prefix):
             await remove_node(qmp, name)

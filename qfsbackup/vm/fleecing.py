@@ -22,9 +22,8 @@ from qfsbackup.status import FleecingLook
 from qfsbackup.vm.fleecing_folder import CLOSE_TIMEOUT, FleecingFolder, answers, create, files_of, free_space
 from qfsbackup.vm.monitor import Monitor
 from qfsbackup.vm.node import node, undoing
-from qfsbackup.vm.owner import PREFIX
+from qfsbackup.vm.ours import FDSET
 
-FDSET = PREFIX + "fleecing"  # the opaque string by which cleanup knows our fdsets
 BLOCK = 512  # bytes; the unit of st_blocks
 BEYOND = 1 << 62  # bytes; no file is so large
 SYNC_FILE_RANGE_WAIT_BEFORE = 1  # linux/fs.h

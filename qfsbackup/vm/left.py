@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qfsbackup.vm.fleecing import FDSET
-from qfsbackup.vm.look.graph import Graph, look_at_graph, look_at_version
+from qfsbackup.vm.look.graph import Graph, look_at_graph, look_at_version, running
 from qfsbackup.vm.monitor import Monitor
-from qfsbackup.vm.owner import FROZEN, LINE, NEW, PREFIX, line_holds
+from qfsbackup.vm.ours import FDSET, FROZEN, LINE, NEW, PREFIX
+from qfsbackup.vm.owner import line_holds
 from qfsbackup.vm.quirks import keeps_fdsets
 
 
@@ -42,7 +42,7 @@ def _ours(fdset: Mapping[str, Any]) -> bool:
 
 
 async def _forgets_fdsets(qmp: Monitor) -> bool:
-    return not keeps_fdsets(await look_at_version(qmp)) or bool((await qmp.execute("query-status"))["running"])
+    return not keeps_fdsets(await look_at_version(qmp)) or await running(qmp)
 
 
 def _describe(name: str, graph: Graph) -> str:

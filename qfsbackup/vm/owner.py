@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Whose snapshot is in a VM, and does he live?
 
-All that we add to a VM begins with `qfsbackup-`. The owner's mark is an empty `null-co` node, whose name survives
-whatever kills us and is gone with QEMU. It is the first node made and the last one removed, and it names a process. But
-that process may be in another PID namespace, where the number means somebody else. So QEMU holds one end of a socket
-pair, as a character device, and only the owner the other: the kernel closes it, whatever ends him, and QEMU tells.
+The owner's mark is an empty `null-co` node, whose name survives whatever kills us and is gone with QEMU. It is the
+first node made and the last one removed, and it names a process. But that process may be in another PID namespace,
+where the number means somebody else. So QEMU holds one end of a socket pair, as a character device, and only the owner
+the other: the kernel closes it, whatever ends him, and QEMU tells.
 """
 
 from __future__ import annotations
@@ -20,13 +20,9 @@ import trio
 
 from qfsbackup.vm.monitor import Monitor, QmpRefusedError
 from qfsbackup.vm.node import remove_node, undoing
+from qfsbackup.vm.ours import LINE, OWNER
 
-PREFIX = "qfsbackup-"
-OWNER = PREFIX + "by-"  # + process id and its start time, hexadecimal: at most 31 characters, as QEMU wants it
-FROZEN = PREFIX + "frozen"  # a mark: the guest's file systems may be, by us
-LINE = PREFIX + "alive"
 LOOKS, LOOK_PAUSE = 3, 0.05  # how often, and seconds in between
-NEW = PREFIX + "new-"  # + a generation: its bitmaps are not committed yet (see leftovers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Look once more at the disks, directly before the devices are given our filters and directly after it.
 
-Seconds lie between the first look and the moment, and QMP has no compare-and-swap. But as soon as a filter of ours
-*stands* on a disk's root node, not yet in the guest's way, QEMU refuses a mirror or active commit of it ("Need a root
-block node"), and puts what a backup, a stream or a snapshot adds between our filter and the disk, where the guest's
-writes still pass it (measured with QEMU 7.2.22 and 10.0.2). So what came before our filter is seen by the look before,
-what came after it by the look after, and none of it was ever out of the guest's way.
+Seconds lie between the first look and the moment, and QMP has no compare-and-swap. What came before our filter is seen
+by the look before, what came after it by the look after, and none of it was ever out of the guest's way: how that is
+so, each recipe says.
 """
 
 from __future__ import annotations
@@ -17,14 +15,17 @@ from qfsbackup.errors import UserError
 from qfsbackup.vm.bitmaps.checkpoint import Checkpoint, count, find, unusable
 from qfsbackup.vm.look.graph import Device, Graph, Node, look_at_graph, look_at_nodes
 from qfsbackup.vm.monitor import Monitor
+from qfsbackup.vm.ours import PREFIX
 
 
 @dataclass(frozen=True, slots=True)
 class Filtered:
-    """A disk as the first look saw it, the filter that stands on it, and its checkpoint, if it gets one."""
+    """A disk as the first look saw it, the filter that is to stand on it, the node that this copies to, and the disk's
+    checkpoint, if it gets one."""
 
     disk: Device
     filter: str
+    fleecing: str
     checkpoint: Checkpoint | None
 
 
@@ -34,17 +35,7 @@ async def look_before(qmp: Monitor, expected: Collection[Filtered]) -> None:
     graph = await look_at_graph(qmp)
     for filtered in expected:
         changed = _changed(filtered, nodes) or _other_root(filtered, graph, filtered.disk.root.name)
-        _refuse(filtered, changed or _at_work(filtered.disk, graph) or _bitmap_changed(filtered, nodes))
-
-
-async def look_at_device(qmp: Monitor, filtered: Filtered) -> None:
-    """Its root is what it was: the last command before the switch, and a quick one. Raises UserError, QmpError.
-
-    (Of a legacy drive QEMU tells the name only; what else there is to see, the look after sees.)
-    """
-    disk = filtered.disk
-    root = await qmp.execute("qom-get", {"path": disk.qdev, "property": "drive"})
-    _refuse(filtered, "" if root in (disk.root.name, disk.backend) else f"its device has {root or 'no medium'} now")
+        refuse(filtered, changed or _at_work(filtered.disk, graph) or _bitmap_changed(filtered, nodes))
 
 
 async def look_after(qmp: Monitor, expected: Collection[Filtered]) -> None:
@@ -53,10 +44,11 @@ async def look_after(qmp: Monitor, expected: Collection[Filtered]) -> None:
     graph = await look_at_graph(qmp)
     for filtered in expected:
         changed = _changed(filtered, nodes) or _other_root(filtered, graph, filtered.filter)
-        _refuse(filtered, changed or _not_recording(filtered, nodes))
+        refuse(filtered, changed or _not_recording(filtered, nodes))
 
 
-def _refuse(filtered: Filtered, what: str) -> None:
+def refuse(filtered: Filtered, what: str) -> None:
+    """Raise UserError where there is something to be said."""
     if what:
         raise UserError(
             f"somebody is at work on disk {filtered.disk.name} just now: {what}",
@@ -66,7 +58,7 @@ def _refuse(filtered: Filtered, what: str) -> None:
 
 def _changed(filtered: Filtered, nodes: Mapping[str, Node]) -> str:
     disk, filter_node = filtered.disk, nodes.get(filtered.filter)
-    if filter_node is None or filter_node.children.get("file") != disk.root.name:
+    if filter_node is not None and filter_node.children.get("file") != disk.root.name:
         return "another node stands on it now"
     for then in disk.nodes:
         now = nodes.get(then.name)
@@ -74,8 +66,9 @@ def _changed(filtered: Filtered, nodes: Mapping[str, Node]) -> str:
             return f"its block node {then.name} is gone, or stands on another one now"
         if now.size != then.size:
             return f"it was resized from {then.size} to {now.size} bytes"
-        if now.jobs:
-            return f"a block job ({', '.join(now.jobs)}) runs"
+        jobs = [job for job in now.jobs if not job.startswith(PREFIX)]
+        if jobs:
+            return f"a block job ({', '.join(jobs)}) runs"
     return ""
 
 

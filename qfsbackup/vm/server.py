@@ -17,10 +17,9 @@ from qfsbackup.errors import UserError
 from qfsbackup.facts import CONNECTIONS
 from qfsbackup.vm.monitor import Monitor, QmpRefusedError
 from qfsbackup.vm.node import undoing
-from qfsbackup.vm.owner import PREFIX
+from qfsbackup.vm.ours import PREFIX, SOCKET
 
 log = logging.getLogger(__name__)
-FDNAME = PREFIX + "nbd"
 SPARE = 16  # connections for whoever else looks at the exports
 BACKLOG = 16  # connections that wait for QEMU's main loop
 
@@ -31,9 +30,9 @@ async def nbd_server(qmp: Monitor, listener: socket.socket, exports: int) -> Asy
 
     Raises UserError where QEMU runs one already, QmpError.
     """
-    await qmp.execute_with_fd("getfd", {"fdname": FDNAME}, listener.fileno())
+    await qmp.execute_with_fd("getfd", {"fdname": SOCKET}, listener.fileno())
     try:
-        address = {"type": "fd", "data": {"str": FDNAME}}
+        address = {"type": "fd", "data": {"str": SOCKET}}
         most = max(CONNECTIONS, exports) + SPARE
         await qmp.execute("nbd-server-start", {"addr": address, "max-connections": most})
     except QmpRefusedError as error:
@@ -75,7 +74,7 @@ async def _stop(qmp: Monitor) -> None:
 
 async def _forget_socket(qmp: Monitor) -> None:
     with undoing("close the NBD socket"), suppress(QmpRefusedError):  # normally the server took it
-        await qmp.execute("closefd", {"fdname": FDNAME})
+        await qmp.execute("closefd", {"fdname": SOCKET})
 
 
 async def _remove_export(qmp: Monitor, name: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import trio
 
-from qfsbackup.vm.owner import PREFIX
+from qfsbackup.vm.ours import PREFIX
 from tests.harness.monitor import Lines
 from tests.harness.mount import ROOT, aside, command, is_mounted, taken_away
 from tests.harness.vm import Vm

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from qfsbackup.vm.owner import OWNER
+from qfsbackup.vm.ours import OWNER
 from tests.e2e.support import idle_vm, left_as_it_was
 from tests.faults.support import mounter, nothing_of_ours
 from tests.harness.qemu import Qemu

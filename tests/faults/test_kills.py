@@ -18,7 +18,7 @@ import trio
 
 from qfsbackup.state.store import open_store
 from qfsbackup.vm.bitmaps.checkpoint import bitmap_name, low_name
-from qfsbackup.vm.owner import OWNER, PREFIX
+from qfsbackup.vm.ours import OWNER, PREFIX
 from tests.e2e.support import idle_vm
 from tests.faults.support import Mounter, answers, ended, kill_at_once, looks, mounter, parent, unmounted
 from tests.harness.mount import aside, is_mounted, qfsbackup

@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from qfsbackup.state.store import open_store
-from qfsbackup.vm.owner import NEW
+from qfsbackup.vm.ours import NEW
 from tests.harness.mount import aside, mounted, qfsbackup
 from tests.harness.qemu import Qemu
 from tests.harness.qmp_proxy import running_proxy

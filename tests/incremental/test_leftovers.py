@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qfsbackup.mount.chain import open_chain
-from qfsbackup.vm.owner import NEW, PREFIX
+from qfsbackup.vm.ours import NEW, PREFIX
 from tests.harness.disk import Disk
 from tests.harness.mount import Result, qfsbackup
 from tests.harness.qemu import Qemu

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qfsbackup.vm.owner import PREFIX
+from qfsbackup.vm.ours import PREFIX
 from qfsbackup.vm.quirks import keeps_fdsets
 from tests.machine.world import World
 

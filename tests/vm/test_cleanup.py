@@ -12,9 +12,9 @@ import pytest
 import trio
 
 from qfsbackup.errors import UserError
-from qfsbackup.vm.cleanup import cleanup
+from qfsbackup.vm.cleanup import undo_leftovers
 from qfsbackup.vm.monitors.qmp_socket import connect
-from qfsbackup.vm.owner import PREFIX
+from qfsbackup.vm.ours import PREFIX
 from qfsbackup.vm.quirks import keeps_fdsets
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu
@@ -25,7 +25,7 @@ from tests.vm.support import guest_io, held, make_source, server_runs
 async def clean(vm: Vm) -> list[str]:
     """Run `cleanup` on a connection of its own."""
     async with connect(vm.qmp, print) as qmp:
-        return await cleanup(qmp)
+        return await undo_leftovers(qmp)
 
 
 @contextlib.asynccontextmanager

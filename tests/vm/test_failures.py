@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qfsbackup.errors import UserError
-from qfsbackup.vm.cleanup import cleanup
+from qfsbackup.vm.cleanup import undo_leftovers
 from qfsbackup.vm.monitors.qmp_socket import connect
 from tests.harness.qmp_proxy import running_proxy
 from tests.harness.vm import Vm
@@ -39,7 +39,7 @@ async def test_the_connection_drops_at_each_command(
             complete = reached and source.status.vm_gone is None
         (tmp_path / "proxy").unlink()
         async with connect(paused_vm.qmp, nothing) as qmp:
-            await cleanup(qmp)
+            await undo_leftovers(qmp)
         assert await held(paused_vm) == before, f"after a drop at command {number}: {proxy.names[-1:]}"
         number += 1
     assert number > 60
@@ -60,7 +60,7 @@ async def test_each_command_is_refused(paused_vm: Vm, tmp_path: Path, caplog: py
             except UserError as error:
                 assert "refused by the test" in str(error)  # noqa: PT017 - some refusals have no consequence
             async with connect(paused_vm.qmp, nothing) as qmp:
-                await cleanup(qmp)
+                await undo_leftovers(qmp)
             assert await held(paused_vm) == before, f"after the refusal of command {number}: {refusing.refused}"
             number += 1
     assert number > 60

@@ -19,6 +19,7 @@ from qfsbackup.ranges import RangeSet
 from qfsbackup.vm.freeze import Freeze
 from qfsbackup.vm.look.graph import look
 from qfsbackup.vm.monitors.qmp_socket import connect
+from qfsbackup.vm.recipes import RECIPES
 from qfsbackup.vm.snapshot import take
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu
@@ -77,6 +78,7 @@ async def test_what_the_guest_overwrote_shows_in_the_fleecing_file(qemu: Qemu, t
             machine = await look(qmp)
             taking = take(
                 *(qmp, machine, machine.disks),
+                recipe=RECIPES["filters"],
                 checkpoints={},
                 in_image=True,
                 fleece=folder,

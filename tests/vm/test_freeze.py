@@ -10,10 +10,10 @@ import trio.testing
 from qfsbackup.errors import UserError
 from qfsbackup.vm import agent as agent_module
 from qfsbackup.vm import freeze as freeze_module
-from qfsbackup.vm.cleanup import cleanup
+from qfsbackup.vm.cleanup import undo_leftovers
 from qfsbackup.vm.freeze import Freeze, StillFrozenError, frozen
 from qfsbackup.vm.monitors.qmp_socket import connect
-from qfsbackup.vm.owner import FROZEN
+from qfsbackup.vm.ours import FROZEN
 from tests.harness.agent import ask
 from tests.harness.qmp_proxy import running_proxy
 from tests.harness.vm import Vm
@@ -71,10 +71,10 @@ async def test_a_freeze_that_is_not_ours_stays(guest_vm: Vm, tmp_path: Path) -> 
         async with make_source(guest_vm, tmp_path, agent=guest_vm.agent, freeze="require").snapshot():
             pytest.fail("was not refused")
     async with connect(guest_vm.qmp, print) as qmp:
-        assert await cleanup(qmp, guest_vm.agent) == []
+        assert await undo_leftovers(qmp, guest_vm.agent) == []
         assert await status(guest_vm) == "frozen"
         await guest_vm.monitor.execute("blockdev-add", {"driver": "null-co", "node-name": FROZEN, "size": 0})
-        assert "thawed the guest's file systems" in await cleanup(qmp, guest_vm.agent)
+        assert "thawed the guest's file systems" in await undo_leftovers(qmp, guest_vm.agent)
     assert await status(guest_vm) == "thawed"
 
 

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from qfsbackup.errors import UserError
-from qfsbackup.vm.owner import OWNER
+from qfsbackup.vm.ours import OWNER
 from tests.harness.disk import MIB, Disk
 from tests.harness.mount import PROGRAM, command
 from tests.harness.qemu import Qemu

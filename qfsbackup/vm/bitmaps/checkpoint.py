@@ -17,7 +17,7 @@ from qfsbackup.facts import CLUSTER, Base, BitmapStatus
 from qfsbackup.vm.bitmaps.low_water import low_water
 from qfsbackup.vm.look.content import difference
 from qfsbackup.vm.look.graph import Device, Node
-from qfsbackup.vm.owner import PREFIX
+from qfsbackup.vm.ours import PREFIX
 
 NOTHING = "no backup of this disk was committed to the target yet"
 GRANULARITY = CLUSTER  # bytes; finer ones cost memory and save nothing, for copy-before-write has this unit too

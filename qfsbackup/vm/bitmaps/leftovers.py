@@ -18,7 +18,7 @@ from qfsbackup.vm.bitmaps.checkpoint import NAME, bitmap_name, low_name
 from qfsbackup.vm.look.graph import Node, look_at_nodes
 from qfsbackup.vm.monitor import Monitor, QmpRefusedError
 from qfsbackup.vm.node import remove_node
-from qfsbackup.vm.owner import NEW
+from qfsbackup.vm.ours import NEW
 
 log = logging.getLogger(__name__)
 FOREIGN = "it was made with another state folder, or by another VM (checkpoints SOURCE --delete TARGET --others)"

@@ -20,11 +20,10 @@ from typing import Any
 
 from qfsbackup.vm.monitor import Monitor
 from qfsbackup.vm.node import node
-from qfsbackup.vm.owner import PREFIX
+from qfsbackup.vm.ours import LOW_WATER
 
 log = logging.getLogger(__name__)
 
-LOW_WATER = f"{PREFIX}low-water"
 COARSE = 1 << 31  # bytes; the largest granularity (a power of two in 32 bits)
 
 

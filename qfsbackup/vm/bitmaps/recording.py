@@ -23,11 +23,12 @@ from qfsbackup.vm.bitmaps.low_water import add_all_set, marking
 from qfsbackup.vm.look.graph import Device, look_at_nodes
 from qfsbackup.vm.monitor import Monitor, QmpRefusedError
 from qfsbackup.vm.node import remove_node, undoing
-from qfsbackup.vm.owner import NEW, PREFIX, add_mark
+from qfsbackup.vm.ours import MAP, NEW
+from qfsbackup.vm.owner import add_mark
+from qfsbackup.vm.transaction import Actions
 
 log = logging.getLogger(__name__)
 
-MAP = f"{PREFIX}map"
 PERSISTENT = frozenset(["qcow2"])  # raw: "Can't store persistent bitmaps" (QEMU 7.2, 10.0)
 
 Started = Sequence[tuple[Device, Checkpoint]]
@@ -87,14 +88,12 @@ async def _add_both(
     await qmp.execute("transaction", {"actions": [{"type": "block-dirty-bitmap-add", "data": new}, *low]})
 
 
-async def restart(qmp: Monitor, started: Started) -> None:
-    """The instant: what was written before it does not count. Raises QmpError."""
-    actions = [
+def restart(started: Started) -> Actions:
+    """The instant: what was written before it does not count."""
+    return [
         {"type": "block-dirty-bitmap-clear", "data": {"node": disk.format.name, "name": point.new}}
         for disk, point in started
     ]
-    if actions:
-        await qmp.execute("transaction", {"actions": actions})
 
 
 async def add_maps(qmp: Monitor, maps: Maps) -> None:
@@ -104,14 +103,13 @@ async def add_maps(qmp: Monitor, maps: Maps) -> None:
         await qmp.execute("block-dirty-bitmap-add", new)
 
 
-async def copy_maps(qmp: Monitor, maps: Maps) -> None:
-    """Copy each base into its map, in one transaction. Raises QmpError."""
-    actions: list[Mapping[str, object]] = []
+def copy_maps(maps: Maps) -> Actions:
+    """Copy each base into its map."""
+    actions = []
     for node, disk, checkpoint in maps:
         source = {"node": disk.format.name, "name": checkpoint.old}
         actions.append({"type": "block-dirty-bitmap-merge", "data": {"node": node, "target": MAP, "bitmaps": [source]}})
-    if actions:
-        await qmp.execute("transaction", {"actions": actions})
+    return actions
 
 
 async def keep(qmp: Monitor, state: Kept, started: Started) -> None:

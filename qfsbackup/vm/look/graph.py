@@ -114,6 +114,12 @@ async def look_at_version(qmp: Monitor) -> Version:
     return version["major"], version["minor"], version["micro"]
 
 
+async def running(qmp: Monitor) -> bool:
+    """Do the guest's CPUs run? Raises QmpError."""
+    answer: bool = (await qmp.execute("query-status"))["running"]
+    return answer
+
+
 async def look_at_nodes(qmp: Monitor) -> Mapping[str, Node]:
     """All block nodes by name. Raises QmpError."""
     graph = await look_at_graph(qmp)
@@ -223,9 +229,9 @@ async def _disk(qmp: Monitor, name: str, block: Mapping[str, Any], nodes: Sequen
 async def _in_iothread(qmp: Monitor, path: str) -> bool:
     """A virtio-blk device has an iothread itself, a SCSI disk has its controller's."""
     bus = await device_property(qmp, path, "parent_bus") or ""
-    for owner in (path, bus.rpartition("/")[0]):
+    for device in (path, bus.rpartition("/")[0]):
         for name in ("iothread", "iothread-vq-mapping"):
-            if owner and await device_property(qmp, owner, name):
+            if device and await device_property(qmp, device, name):
                 return True
     return False
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 from qfsbackup.errors import EXIT_USAGE, UserError
 from qfsbackup.vm.look.graph import Device, Machine
-from qfsbackup.vm.owner import PREFIX
+from qfsbackup.vm.ours import PREFIX
 from qfsbackup.vm.quirks import OLDEST, survives_iothread, text
 
 UNUSABLE_STATES = frozenset(["colo", "finish-migrate", "inmigrate", "postmigrate", "restore-vm", "save-vm", "shutdown"])

@@ -2,7 +2,7 @@
 """Stop the guest's CPUs for a moment, and let them run on unless somebody else wants them stopped too.
 
 QEMU does not count who stopped a VM: a second `stop` changes nothing and has no event, and one `cont` undoes both. But
-each `stop` flushes every block node, so the mark that it was us (see owner.py) notes flushes:
+each `stop` flushes every block node, so the mark that it was us (see ours) notes flushes:
 
     qfsbackup-stopped (raw) --> blkdebug, whose writes fail from the second flush on --> qfsbackup-stops, with a bitmap
 
@@ -19,14 +19,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from qfsbackup.errors import UserError
+from qfsbackup.vm.look.graph import running
 from qfsbackup.vm.monitor import Monitor, QmpRefusedError
 from qfsbackup.vm.node import remove_node, undoing
-from qfsbackup.vm.owner import PREFIX
+from qfsbackup.vm.ours import STOPPED, STOPS
 
 log = logging.getLogger(__name__)
 
-STOPPED = f"{PREFIX}stopped"
-STOPS = f"{PREFIX}stops"  # below it
 SIZE = 512  # bytes
 
 
@@ -55,12 +54,6 @@ async def stopped(qmp: Monitor, pause: Pause) -> AsyncIterator[None]:
     finally:
         await resume(qmp)
         pause.milliseconds = (time.perf_counter() - start) * 1000
-
-
-async def running(qmp: Monitor) -> bool:
-    """Do the guest's CPUs run? Raises QmpError."""
-    answer: bool = (await qmp.execute("query-status"))["running"]
-    return answer
 
 
 async def resume(qmp: Monitor) -> None:

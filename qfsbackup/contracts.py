@@ -1,35 +1,28 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """The seams with more than one real side.
 
-sources/  --Snapshot-->  mount/  --Export-->  nbd/  --Disk-->  fs/
+find(text) --> Source --snapshot(mounting)--> Snapshot --of each SnapshotDisk, open()--> Disk --> fs/
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from qfsbackup.errors import FsError
-from qfsbackup.facts import Snapshot
+from qfsbackup.facts import BitmapStatus, CheckpointRequest, Sockets
+from qfsbackup.options import Options
 from qfsbackup.ranges import RangeSet
+from qfsbackup.status import Status
 
 Buffer = bytes | bytearray | memoryview
 
 Answer = Callable[[Buffer | FsError], None]
 """Is called exactly once, now or later, in trio's thread, with the bytes or with why there are none. It neither waits
 nor raises."""
-
-
-class Source(Protocol):
-    """Where snapshots come from. One module a scheme in `sources/`."""
-
-    def snapshot(self) -> AbstractAsyncContextManager[Snapshot]:
-        """Take a snapshot; leaving the context gives it up and undoes all that taking it did.
-
-        Raises UserError where it cannot be had.
-        """
-        ...
 
 
 class Disk(Protocol):
@@ -89,3 +82,109 @@ async def awaited(read: Callable[[int, int, Answer], None], start: int, length: 
     if isinstance(answers[0], FsError):
         raise answers[0]
     return answers[0]
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotDisk:
+    """One disk of a snapshot: what is known of it, and how to get at its bytes."""
+
+    name: str  # as a person sees it; unique in its snapshot; any characters
+    size: int
+    open: Callable[[], AbstractAsyncContextManager[Disk]]  # once; what takes time was done before
+    bitmap: BitmapStatus = "none"
+    bitmap_reason: str = ""  # why, where the status is `new` or `invalid`
+    generation: str | None = None  # what the disk's new bitmap starts; None: no target, or nothing of it is recorded
+    base: str | None = None  # the generation that the dirty extents start from; None: everything is dirty
+    map_name: str = ""  # of a dirty map that starts from no generation
+    transient: str = ""  # why the new bitmap ends with QEMU; empty: the image holds it, or there is none
+    content: str = ""  # what the source calls the disk's content; another one makes the next backup a full one
+    details: Mapping[str, object] = field(default_factory=dict)  # what vm.json adds to the disk's entry
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One frozen instant of a VM."""
+
+    vm: str
+    uuid: str | None
+    instant: int
+    disks: tuple[SnapshotDisk, ...]
+    own: bool = False  # may what nobody reads any more be trimmed: it is ours, or was said to be free to go
+    frozen: bool = False  # were the guest's file systems frozen by its agent
+    pause_ms: float = 0.0  # how long the guest's CPUs were stopped
+    details: Mapping[str, object] = field(default_factory=dict)  # what vm.json adds
+    config: Mapping[str, bytes] = field(default_factory=dict)  # file name -> content, for config/
+    keep: Callable[[], Awaitable[None]] | None = None
+    """Commit: the new bitmaps stay and the bases go. Without it, leaving the snapshot removes the new ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mounting:
+    """What a snapshot is taken for. When the VM goes away meanwhile, `status.vm_gone` says so at once, and
+    `status.unrestored` says at the end what could not be undone."""
+
+    options: Options
+    runtime: Path  # a 0700 folder of the mount's own, whose path is short enough for a socket in it
+    status: Status
+    sockets: Sockets = field(default_factory=dict)  # what the mount shall also wait for
+    checkpoint: CheckpointRequest | None = None  # the target whose next generation this is
+    committed: Callable[[str], Awaitable[Collection[str]]] | None = None  # VM's name -> generations that a store names
+
+
+class Source(Protocol):
+    """What a person names as SOURCE, made by `sources.find`.
+
+    The supervisor has one: making it, `check`, `is_there` and `thaw_unheard` import nothing heavy and start nothing.
+    """
+
+    @property
+    def name(self) -> str:
+        """What it is called in /proc/mounts and by other commands: the same from every folder, and found again."""
+        ...
+
+    @property
+    def place(self) -> str:
+        """What its default mountpoint is called after: the same for every run of the same VM."""
+        ...
+
+    def check(self, options: Options) -> None:
+        """Raises UserError where an option asks for what this kind does not have."""
+        ...
+
+    def is_there(self) -> bool:
+        """May something of ours be in a VM, and be undone some time. False where the VM is off."""
+        ...
+
+    def snapshot(self, mounting: Mounting) -> AbstractAsyncContextManager[Snapshot]:
+        """Take a snapshot, and find out all of its disks; leaving the context undoes all that taking it did.
+
+        Raises UserError where it cannot be had.
+        """
+        ...
+
+    async def clean_up(self, options: Options) -> list[str]:
+        """Undo what a dead mount left; safe to repeat. What was undone, a line each. Raises UserError.
+
+        Of bitmaps only those go that the state store made, or that a dead mount's marks name, and that are not
+        committed.
+        """
+        ...
+
+    async def checkpoints(self, options: Options) -> list[str]:
+        """What each target has committed, a line for each of its disks. Raises UserError."""
+        ...
+
+    async def forget(self, options: Options, target: str, *, others: bool) -> list[str]:
+        """Delete a target's checkpoints, and its bitmaps. What was removed, a line each. Raises UserError.
+
+        `others`: also the bitmaps of a target of this name that another store or another VM made.
+        """
+        ...
+
+    def thaw_unheard(self, agent: str) -> None:
+        """Have the guest thaw, at once and without asking anything first. `agent` is what a mount's note calls it."""
+        ...
+
+    async def thaw(self, agent: str) -> bool:
+        """Thaw what a mount that died left frozen; was there anything? Raises UserError where nobody can tell."""
+        ...

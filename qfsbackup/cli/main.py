@@ -15,17 +15,16 @@ from pathlib import Path
 
 from qfsbackup import log as logs
 from qfsbackup.cli.arguments import helper_parser, parse
-from qfsbackup.cli.checkpoints import delete_checkpoint, list_checkpoints
+from qfsbackup.cli.checkpoints import checkpoints
 from qfsbackup.cli.cleanup import cleanup
 from qfsbackup.cli.commit import commit
 from qfsbackup.cli.console import open_standard_descriptors, output, reported
 from qfsbackup.cli.mount import MountRequest, mount_in_background, mount_in_foreground
-from qfsbackup.cli.run import default_mountpoint, make_mountpoint, run
+from qfsbackup.cli.run import make_mountpoint, run
 from qfsbackup.cli.status import as_json, as_text, collect
 from qfsbackup.cli.umount import umount_and_wait
 from qfsbackup.errors import EXIT_MOUNT, EXIT_RUN, EXIT_SYSTEM, EXIT_USAGE, UserError
-from qfsbackup.sources.name import absolute
-from qfsbackup.vm.presence import is_off
+from qfsbackup.sources import find
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +61,7 @@ def _is_from_mount_fuse(words: list[str]) -> bool:
 
 
 def _request(arguments: argparse.Namespace, mountpoint: Path, level: int) -> MountRequest:
-    return MountRequest(absolute(arguments.source), mountpoint.absolute(), tuple(arguments.options), level)
+    return MountRequest(find(arguments.source), mountpoint.absolute(), tuple(arguments.options), level)
 
 
 def _mount(arguments: argparse.Namespace, level: int) -> int:
@@ -76,7 +75,7 @@ def _mount(arguments: argparse.Namespace, level: int) -> int:
 
 def _run(arguments: argparse.Namespace, command: list[str], level: int) -> int:
     try:
-        mountpoint = arguments.mountpoint or make_mountpoint(default_mountpoint(absolute(arguments.source)))
+        mountpoint = arguments.mountpoint or make_mountpoint(find(arguments.source).place)
         request = _request(arguments, mountpoint, level)
     except UserError as error:
         error.exit_code = EXIT_USAGE if error.exit_code == EXIT_USAGE else EXIT_RUN
@@ -90,11 +89,7 @@ def _commit(arguments: argparse.Namespace, _level: int) -> int:
 
 
 def _checkpoints(arguments: argparse.Namespace, _level: int) -> int:
-    source = absolute(arguments.source)
-    if arguments.delete:
-        output(*delete_checkpoint(source, arguments.options, arguments.delete, others=arguments.others))
-    else:
-        output(*list_checkpoints(source, arguments.options))
+    output(*checkpoints(find(arguments.source), arguments.options, arguments.delete, others=arguments.others))
     return 0
 
 
@@ -125,7 +120,7 @@ def _status(arguments: argparse.Namespace, _level: int) -> int:
 
 
 def _cleanup(arguments: argparse.Namespace, _level: int) -> int:
-    output(*cleanup(absolute(arguments.source), arguments.options))
+    output(*cleanup(find(arguments.source), arguments.options))
     return 0
 
 
@@ -152,7 +147,7 @@ def _mount_helper(words: list[str]) -> int:
         mount_in_background(request)
     except UserError as error:
         nofail = "nofail" in ",".join(arguments.options).split(",")
-        if nofail and error.exit_code == EXIT_MOUNT and is_off(request.source):
+        if nofail and error.exit_code == EXIT_MOUNT and not request.source.is_there():
             return 0  # mount(8), nofail: no errors for a device that does not exist
         raise
     return 0

@@ -67,14 +67,12 @@ def run(request: MountRequest, command: Sequence[str], *, discarded_on_purpose: 
     return code
 
 
-def default_mountpoint(source: str) -> Path:
-    """The same for every run of the same source: backup tools know a file by its path."""
-    path = os.path.realpath(source) if os.path.exists(source) else source  # noqa: PTH110  # a URI is no Path
-    return MOUNTPOINTS / re.sub(r"[^A-Za-z0-9_.-]+", "-", path).strip("-")
+def make_mountpoint(place: str) -> Path:
+    """The folder for a source of this place, made if it is missing: backup tools know a file by its path.
 
-
-def make_mountpoint(mountpoint: Path) -> Path:
-    """The folder, made if it is missing. Raises UserError."""
+    Raises UserError.
+    """
+    mountpoint = MOUNTPOINTS / re.sub(r"[^A-Za-z0-9_.-]+", "-", place).strip("-")
     try:
         detach_dead(mountpoint)
         mountpoint.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from qfsbackup.facts import Export, Snapshot
+from qfsbackup.contracts import Snapshot, SnapshotDisk
 from qfsbackup.fs import chunk_times
 from qfsbackup.fs.control import Words
 from qfsbackup.fs.grid import Grid
@@ -50,43 +50,43 @@ def describe(snapshot: Snapshot, grids: Mapping[str, Grid], look: Look) -> bytes
         "frozen": snapshot.frozen,
         "pause_ms": snapshot.pause_ms,
         **snapshot.details,
-        "disks": [_describe(export, grids[export.disk], look) for export in snapshot.exports],
+        "disks": [_describe(disk, grids[disk.name], look) for disk in snapshot.disks],
     }
     return (json.dumps(description, indent=2) + "\n").encode()
 
 
-def _describe(export: Export, grid: Grid, look: Look) -> dict[str, object]:
-    name = file_name(export.disk)
+def _describe(disk: SnapshotDisk, grid: Grid, look: Look) -> dict[str, object]:
+    name = file_name(disk.name)
     return {
-        "name": export.disk,
+        "name": disk.name,
         **({"image": f"images/{name}.raw"} if look.images else {}),
         "chunks": f"chunks/{name}",
         "chunk_size": grid.chunk,
-        "size": export.size,
-        "bitmap": export.bitmap,
-        "bitmap_reason": export.bitmap_reason,
-        "generation": export.generation,
-        "base": export.base,
-        "base_instant": _base_instant(export, look),
-        "bitmap_transient": export.transient,
-        **export.details,
+        "size": disk.size,
+        "bitmap": disk.bitmap,
+        "bitmap_reason": disk.bitmap_reason,
+        "generation": disk.generation,
+        "base": disk.base,
+        "base_instant": _base_instant(disk, look),
+        "bitmap_transient": disk.transient,
+        **disk.details,
         "chunk_times": chunk_times.pack(grid.times),
     }
 
 
-def _base_instant(export: Export, look: Look) -> str | None:
-    return iso_time(look.base_instants[export.disk]) if export.base else None
+def _base_instant(disk: SnapshotDisk, look: Look) -> str | None:
+    return iso_time(look.base_instants[disk.name]) if disk.base else None
 
 
-def describe_base(snapshot: Snapshot, export: Export, look: Look) -> bytes:
+def describe_base(snapshot: Snapshot, disk: SnapshotDisk, look: Look) -> bytes:
     """maps/<disk>.base: to which backup the maps and the delta must be applied to become which one."""
     facts = {
-        "disk": file_name(export.disk),
+        "disk": file_name(disk.name),
         "target": file_name(look.target or "none"),
-        "generation": export.generation or "none",
+        "generation": disk.generation or "none",
         "instant": iso_time(snapshot.instant),
-        "base": export.base or export.dirty_context or "none",
-        "base_instant": _base_instant(export, look) or "none",
+        "base": disk.base or disk.map_name or "none",
+        "base_instant": _base_instant(disk, look) or "none",
     }
     return "".join(f"{name} {value}\n" for name, value in facts.items()).encode()
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from qfsbackup.facts import Snapshot
+from qfsbackup.contracts import Snapshot
 from qfsbackup.fs import maps
 from qfsbackup.fs.chunks import ChunkedDisk
 from qfsbackup.fs.control import ControlFile
@@ -109,9 +109,9 @@ def _chunks(disk: ShownDisk, look: Look) -> ChunkedDisk:
 
 def _bases(snapshot: Snapshot, disks: Sequence[ShownDisk], look: Look) -> Iterator[tuple[str, File]]:
     numbers = {disk.name: disk.number for disk in disks}
-    for export in snapshot.exports:
-        number = inode(Kind.MAP, numbers[export.disk], BASE)
-        yield f"{file_name(export.disk)}.base", FixedFile(number, look.time, describe_base(snapshot, export, look))
+    for disk in snapshot.disks:
+        number = inode(Kind.MAP, numbers[disk.name], BASE)
+        yield f"{file_name(disk.name)}.base", FixedFile(number, look.time, describe_base(snapshot, disk, look))
 
 
 def _maps(disk: ShownDisk, time: int) -> Iterator[tuple[str, File]]:

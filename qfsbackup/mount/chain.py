@@ -21,9 +21,9 @@ from typing import NamedTuple, TypeVar
 
 import trio
 
-from qfsbackup.contracts import Disk
+from qfsbackup.contracts import Disk, Snapshot
 from qfsbackup.errors import EXIT_SYSTEM, UserError
-from qfsbackup.facts import CheckpointRequest, Known, Snapshot
+from qfsbackup.facts import CheckpointRequest, Known
 from qfsbackup.fs.grid import Grid, cut
 from qfsbackup.mount.checking import check
 from qfsbackup.patience import NoAnswerError, Patience, in_time
@@ -119,7 +119,7 @@ class Chain:
 
     async def numbers(self, snapshot: Snapshot) -> Numbers:
         """The numbers of the VM and its disks."""
-        store, disks = self._opened, [export.disk for export in snapshot.exports]
+        store, disks = self._opened, [disk.name for disk in snapshot.disks]
         return await self._ask(lambda: Numbers(store.vm_number(), {name: store.disk_number(name) for name in disks}))
 
     async def grids(self, snapshot: Snapshot, shown: int, disks: Sequence[Disk]) -> dict[str, Grid]:
@@ -127,14 +127,14 @@ class Chain:
         committed = await self._ask(partial(self._opened.disks, self._target))
         self.base_instants = {name: disk.instant for name, disk in committed.items()}
         grids = {}
-        for export, disk in zip(snapshot.exports, disks, strict=True):
-            old = committed.get(export.disk)  # also where all is dirty: the chunk size stays
+        for found, disk in zip(snapshot.disks, disks, strict=True):
+            old = committed.get(found.name)  # also where all is dirty: the chunk size stays
             base = Grid(old.size, old.chunk, old.times) if old else None
-            grid = cut(export.size, disk.dirty, shown, base, self._chunk)
-            grids[export.disk] = grid
-            if export.generation:
-                self._next[export.disk] = DiskState(
-                    export.generation, snapshot.instant, export.size, export.content, grid.chunk, grid.times
+            grid = cut(found.size, disk.dirty, shown, base, self._chunk)
+            grids[found.name] = grid
+            if found.generation:
+                self._next[found.name] = DiskState(
+                    found.generation, snapshot.instant, found.size, found.content, grid.chunk, grid.times
                 )
         return grids
 

@@ -21,9 +21,8 @@ from typing import TypeVar
 import trio
 
 from qfsbackup import log as logs
-from qfsbackup.contracts import Disk, Source
+from qfsbackup.contracts import Disk, Mounting, Source
 from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_SYSTEM, EXIT_UNRESTORED, UserError
-from qfsbackup.facts import Sockets
 from qfsbackup.fuse.mount import check_mountpoint, mounted
 from qfsbackup.fuse.operations import Permissions
 from qfsbackup.mount.chain import Chain, committed, open_chain
@@ -33,16 +32,11 @@ from qfsbackup.mount.notify import STOPPING, notify
 from qfsbackup.mount.runtime import RUNTIME, runtime_folder
 from qfsbackup.mount.signals import HANDED_ON, TELLING, acted_on
 from qfsbackup.mount.stacks import all_stacks
-from qfsbackup.mount.tree import make_tree
+from qfsbackup.mount.tree import make_tree, note
 from qfsbackup.mount.watch import watch_fleecing
 from qfsbackup.mount.watchdog import tell_the_watchdog
-from qfsbackup.nbd.bandwidth import Bandwidth
-from qfsbackup.nbd.listing import list_exports
-from qfsbackup.nbd.opening import open_disks
 from qfsbackup.options import Options
 from qfsbackup.patience import NoAnswerError, in_time
-from qfsbackup.sources.qemu import QemuSource
-from qfsbackup.sources.uri import UriSource, is_nbd_uri
 from qfsbackup.status import Status
 
 log = logging.getLogger(__name__)
@@ -52,14 +46,16 @@ FOLDER_TIMEOUT = 20.0  # seconds
 T = TypeVar("T")
 
 
-def serve(source: str, mountpoint: Path, options: Options, ready: Callable[[], None]) -> int:
+def serve(source: Source, mountpoint: Path, options: Options, ready: Callable[[], None]) -> int:
     """Mount `source` at `mountpoint` and stay until it is unmounted or a signal asks to end.
 
     Returns the exit status: EXIT_SYSTEM where the snapshot broke meanwhile, EXIT_UNRESTORED where something of ours is
     left in QEMU, EXIT_INTERRUPTED after a SIGINT before it was ready. Calls `ready` once the tree can be read.
     Raises UserError; by then all is undone, unless its exit code is EXIT_UNRESTORED.
     """
-    status = Status(facts={"source": source, "mountpoint": str(mountpoint), "pid": os.getpid(), "ppid": os.getppid()})
+    status = Status(
+        facts={"source": source.name, "mountpoint": str(mountpoint), "pid": os.getpid(), "ppid": os.getppid()}
+    )
     came: list[signal.Signals | str] = []  # what ended it, and "ready"
 
     def now_ready() -> None:
@@ -80,7 +76,7 @@ def serve(source: str, mountpoint: Path, options: Options, ready: Callable[[], N
             error.exit_code = EXIT_UNRESTORED
             error.hint = (
                 f"Left in the VM: {status.unrestored}. Process {os.getppid()} takes it out as soon as it can;"
-                f" or do it: qfsbackup cleanup {source}"
+                f" or do it: qfsbackup cleanup {source.name}"
             )
         raise error from None
     if status.unrestored:
@@ -99,7 +95,7 @@ def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 async def _serve(
-    source: str,
+    source: Source,
     mountpoint: Path,
     options: Options,
     status: Status,
@@ -111,19 +107,24 @@ async def _serve(
         ending = await stack.enter_async_context(_ended_by_signals(ended_by))
         await stack.enter_async_context(defects_raised())
         await _asked(f"the mountpoint {mountpoint}", partial(check_mountpoint, mountpoint))
-        runtime = await _asked(str(RUNTIME), partial(stack.enter_context, runtime_folder()))
+        runtime = await _asked(str(RUNTIME), partial(stack.enter_context, runtime_folder(source.name)))
         chain = await _chain(options, stack)
-        found = _find_source(source, runtime, options, status, chain)
-        snapshot = await stack.enter_async_context(found.snapshot())
-        bandwidth = Bandwidth(options.bwlimit) if options.bwlimit else None
-        sockets: Sockets = {}
-        opening = open_disks(snapshot.exports, status, options.connections, bandwidth, sockets, options.chunk)
-        disks = await stack.enter_async_context(opening)
+        mounting = Mounting(
+            options=options,
+            runtime=runtime,
+            status=status,
+            checkpoint=chain.request if chain else None,
+            committed=partial(committed, options.state),
+        )
+        snapshot = await stack.enter_async_context(source.snapshot(mounting))
+        note(status, snapshot, options)
+        disks = [await stack.enter_async_context(disk.open()) for disk in snapshot.disks]
         tree = await make_tree(snapshot, disks, chain, options, status)
         permissions = Permissions(options.uid, options.gid, options.mode, options.ro)
         await look_at_files(status)
         stack.push_async_callback(_last_look, status, disks)
-        unmounted = await stack.enter_async_context(mounted(tree, mountpoint, source, permissions, sockets))
+        mount = mounted(tree, mountpoint, source.name, permissions, mounting.sockets)
+        unmounted = await stack.enter_async_context(mount)
         ending.end = unmounted.set
         stack.callback(notify, STOPPING)
         async with trio.open_nursery() as nursery:
@@ -159,34 +160,6 @@ async def _chain(options: Options, stack: AsyncExitStack) -> Chain | None:
         return None
     in_image = options.bitmaps == "persistent"
     return await stack.enter_async_context(open_chain(options.target, options.state, options.chunk, in_image=in_image))
-
-
-def _find_source(source: str, runtime: Path, options: Options, status: Status, chain: Chain | None) -> Source:
-    """What `source` names: an NBD URI, or else the path of a QMP socket."""
-    if is_nbd_uri(source):
-        return UriSource(
-            uri=source,
-            list_exports=list_exports,
-            status=status,
-            bitmap=options.bitmap,
-            trim=options.trim_server_data,
-            disks=options.disks,
-            exclude=options.exclude,
-            vm=options.vm,
-        )
-    return QemuSource(
-        socket=Path(source),
-        runtime=runtime,
-        fleece=options.fleece,
-        status=status,
-        freeze=options.freeze,
-        agent=options.agent,
-        disks=options.disks,
-        exclude=options.exclude,
-        vm=options.vm,
-        checkpoint=chain.request if chain else None,
-        committed=partial(committed, options.state),
-    )
 
 
 @dataclass(slots=True)

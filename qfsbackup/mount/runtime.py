@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from qfsbackup.errors import EXIT_USAGE, UserError
@@ -20,6 +21,7 @@ from qfsbackup.errors import EXIT_USAGE, UserError
 RUNTIME = Path("/run/qfsbackup")
 PREFIX = "mount-"
 FROZEN = "frozen"  # a file in it: the socket of the agent whose guest the mount may have frozen
+SOURCE = "source"  # a file in it: what the mount's source is called
 LEFT = "left-"  # + a supervisor's process id
 
 
@@ -47,7 +49,7 @@ class LeftNote:
 
 
 @contextmanager
-def runtime_folder() -> Iterator[Path]:
+def runtime_folder(source: str) -> Iterator[Path]:
     """A folder for this process; its path is short, because a socket's has at most 107 bytes (unix(7)).
 
     Raises UserError where this user may not have one.
@@ -55,6 +57,7 @@ def runtime_folder() -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             folder = _make(stack)
+            (folder / SOURCE).write_text(source)
         except PermissionError:
             raise UserError("mounting a VM needs root", "Run it with sudo.", EXIT_USAGE) from None
         yield folder
@@ -70,9 +73,26 @@ def _make(stack: ExitStack) -> Path:
     return folder
 
 
-def frozen_by_the_dead() -> list[Path]:
-    """The notes of dead mounts that may have left a guest frozen; for who removes them once it is thawed."""
-    return [note for note in RUNTIME.glob(f"{PREFIX}*/{FROZEN}") if _dead(note.parent)]
+@dataclass(frozen=True, slots=True)
+class FrozenNote:
+    """A dead mount may have left a guest frozen; for who removes the note once it is thawed."""
+
+    path: Path
+
+    @property
+    def source(self) -> str:
+        """What the mount's source is called. Raises OSError, as `agent` does."""
+        return (self.path.parent / SOURCE).read_text()
+
+    @property
+    def agent(self) -> str:
+        """What the source calls the guest's agent."""
+        return self.path.read_text()
+
+
+def frozen_by_the_dead() -> list[FrozenNote]:
+    """The notes of all dead mounts."""
+    return [FrozenNote(note) for note in RUNTIME.glob(f"{PREFIX}*/{FROZEN}") if _dead(note.parent)]
 
 
 def _dead(folder: Path) -> bool:

@@ -8,9 +8,8 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 
-from qfsbackup.contracts import Disk
+from qfsbackup.contracts import Disk, Snapshot
 from qfsbackup.errors import EXIT_SYSTEM, FsError, UserError
-from qfsbackup.facts import Snapshot
 from qfsbackup.fs.control import CHECK, COMMIT, ON_PURPOSE, Words
 from qfsbackup.fs.description import Look, describe, iso_time
 from qfsbackup.fs.frozen import FrozenDisk
@@ -21,7 +20,7 @@ from qfsbackup.mount.checking import check
 from qfsbackup.options import Options
 from qfsbackup.ranges import RangeSet
 from qfsbackup.state.database import SECOND
-from qfsbackup.status import Status, discarded
+from qfsbackup.status import DiskStatus, Status, discarded
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +29,11 @@ async def make_tree(
     snapshot: Snapshot, disks: Sequence[Disk], chain: Chain | None, options: Options, status: Status
 ) -> Tree:
     """Build it, and give back what `access=dirty` leaves out. Raises UserError."""
-    _note(status, snapshot, options)
     time = await chain.begin(snapshot) if chain else snapshot.instant
     if chain:
         grids = await chain.grids(snapshot, time, disks)
     else:
-        grids = {one.disk: cut(one.size, RangeSet(), time, chunk=options.chunk) for one in snapshot.exports}
+        grids = {one.name: cut(one.size, RangeSet(), time, chunk=options.chunk) for one in snapshot.disks}
     numbers = await chain.numbers(snapshot) if chain else None
     shown = _shown(snapshot, disks, numbers, grids, status)
     images = options.access == "full"
@@ -48,7 +46,7 @@ async def make_tree(
         target=options.target,
         base_instants=chain.base_instants if chain else {},
         images=images,
-        release=options.discard == "release",
+        release=options.discard == "release" and snapshot.own,
         words=_words(chain, snapshot, disks, status),
     )
     return build_tree(snapshot, shown, status, describe(snapshot, grids, look), look)
@@ -61,15 +59,12 @@ def _shown(
     grids: Mapping[str, Grid],
     status: Status,
 ) -> list[ShownDisk]:
-    return [
-        ShownDisk(
-            name=export.disk,
-            number=numbers.disks[export.disk] if numbers else place,
-            frozen=FrozenDisk(disk, status.health, status.disks[export.disk]),
-            grid=grids[export.disk],
-        )
-        for place, (export, disk) in enumerate(zip(snapshot.exports, disks, strict=True))
-    ]
+    shown = []
+    for place, (found, disk) in enumerate(zip(snapshot.disks, disks, strict=True)):
+        frozen = FrozenDisk(disk, status.health, status.disks[found.name])
+        number = numbers.disks[found.name] if numbers else place
+        shown.append(ShownDisk(found.name, number, frozen, grids[found.name]))
+    return shown
 
 
 async def _leave_out_clean(shown: Sequence[ShownDisk], grids: Mapping[str, Grid]) -> None:
@@ -111,8 +106,8 @@ def _check_read(status: Status) -> None:
         raise UserError(lost, "Commit it with discarded-on-purpose, if that was meant.", EXIT_SYSTEM)
 
 
-def _note(status: Status, snapshot: Snapshot, options: Options) -> None:
-    """What the live status repeats of the snapshot."""
+def note(status: Status, snapshot: Snapshot, options: Options) -> None:
+    """What the live status repeats of the snapshot; from now on its disks can be counted in it."""
     status.fleecing_limit = options.fleece_limit
     status.facts |= {
         "vm": snapshot.vm,
@@ -123,9 +118,12 @@ def _note(status: Status, snapshot: Snapshot, options: Options) -> None:
         "committed": False,
         "commit_error": None,
     }
-    for export in snapshot.exports:
-        status.disks[export.disk].bitmap = export.bitmap
-        status.disks[export.disk].bitmap_reason = export.bitmap_reason
-        status.disks[export.disk].generation = export.generation
-        status.disks[export.disk].base = export.base
-        status.disks[export.disk].transient = export.transient
+    for disk in snapshot.disks:
+        status.disks[disk.name] = DiskStatus(
+            disk.size,
+            bitmap=disk.bitmap,
+            bitmap_reason=disk.bitmap_reason,
+            generation=disk.generation,
+            base=disk.base,
+            transient=disk.transient,
+        )

@@ -9,7 +9,7 @@ from functools import partial
 from urllib.parse import quote, unquote, urlsplit
 
 from qfsbackup.errors import UserError
-from qfsbackup.facts import Offer
+from qfsbackup.nbd.export import Offer
 from qfsbackup.nbd.handle import Handle, handshake, libnbd, new_handle, where
 
 

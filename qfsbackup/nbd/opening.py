@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The disks of a snapshot, opened together: their maps, and as many connections as there are to be had.
+"""The disks of a snapshot, found together: their maps, and as many connections as there are to be had.
 
     maps, then one connection -+- all disks at once, a few handshakes at a time
                                |
@@ -13,32 +13,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import trio
 
-from qfsbackup.contracts import Disk
+from qfsbackup.contracts import Disk, Mounting
 from qfsbackup.errors import UserError
-from qfsbackup.facts import CONNECTIONS, USUAL_CHUNK, Export, Sockets, fitting
+from qfsbackup.facts import CONNECTIONS, USUAL_CHUNK, fitting
 from qfsbackup.nbd import extents
 from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.nbd.budget import Budget
 from qfsbackup.nbd.connection import ConnectionLostError, configure
 from qfsbackup.nbd.disk import NbdDisk
-from qfsbackup.nbd.empty_disk import EmptyDisk
+from qfsbackup.nbd.export import Export
 from qfsbackup.nbd.handle import Handle, Handles, handles, where
 from qfsbackup.nbd.pool import pool
 from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.ranges import RangeSet
-from qfsbackup.status import Status
 
 log = logging.getLogger(__name__)
 
 AT_ONCE = 8  # disks that connect; fewer than wait in the queue of QEMU's socket
 MORE_TIMEOUT = 5.0  # seconds for a connection that can be done without
 COPIED_TIMEOUT = 30.0  # seconds
+
+OpenDisk = Callable[[], AbstractAsyncContextManager[Disk]]
 
 
 @dataclass(slots=True)
@@ -51,43 +52,41 @@ class _Found:
     handles: list[Handle] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What all disks of a mount have in common."""
+
+    mounting: Mounting
+    budget: Budget
+    bandwidth: Bandwidth | None
+    own: bool
+
+
 @asynccontextmanager
-async def open_disks(
-    exports: Sequence[Export],
-    mount: Status,
-    connections: int = 4,
-    bandwidth: Bandwidth | None = None,
-    sockets: Sockets | None = None,
-    chunk: int | None = None,
-) -> AsyncIterator[list[Disk]]:
-    """The disks behind `exports`, in their order; their maps are fetched before anything can be trimmed.
+async def connected_disks(exports: Sequence[Export], mounting: Mounting, *, own: bool) -> AsyncIterator[list[OpenDisk]]:
+    """What opens the disks behind `exports`, in their order, each once; their maps are fetched before anything can be
+    trimmed, which nothing is unless the snapshot is our `own`.
 
-    `connections` for each at most. `bandwidth` and `sockets` are shared by all. `chunk` is the size of chunks that was
-    asked for: where a map tells what changed, chunks that did not are not read ahead of. Counts in `mount.disks`, and
-    breaks `mount` when a server goes away. Raises UserError where a server cannot be reached or does not offer what an
-    export says.
+    A disk counts in `mounting.status.disks`, and breaks the mount when its server goes away. Raises UserError where a
+    server cannot be reached or does not offer what an export says.
     """
-    each = min(connections, max(1, CONNECTIONS // max(1, len(exports))))
-    budget, sockets = Budget(), {} if sockets is None else sockets
-    async with handles() as connected, AsyncExitStack() as stack:
-        found = await _all(len(exports), [partial(_find, export, connected) for export in exports])
+    options = mounting.options
+    each = min(options.connections, max(1, CONNECTIONS // max(1, len(exports))))
+    shared = _Shared(mounting, Budget(), Bandwidth(options.bwlimit) if options.bwlimit else None, own)
+    async with handles() as connected:
+        found = await _all([partial(_find, export, connected) for export in exports])
         await _connect_more(found, each, connected)
-        yield [
-            await stack.enter_async_context(_opened(one, mount, budget, bandwidth, sockets, chunk))
-            if one
-            else EmptyDisk()
-            for one in found
-        ]
+        yield [partial(_opened, one, shared) for one in found]
 
 
-async def _all(count: int, jobs: Sequence[Callable[[], Awaitable[_Found | None]]]) -> list[_Found | None]:
+async def _all(jobs: Sequence[Callable[[], Awaitable[_Found]]]) -> list[_Found]:
     """What the jobs return, in their order; the first error ends all, and is raised as it is."""
-    results: list[_Found | None] = [None] * count
+    results: dict[int, _Found] = {}
     errors: list[UserError] = []
     turn = trio.CapacityLimiter(AT_ONCE)
     async with trio.open_nursery() as nursery:
 
-        async def run(number: int, job: Callable[[], Awaitable[_Found | None]]) -> None:
+        async def run(number: int, job: Callable[[], Awaitable[_Found]]) -> None:
             try:
                 async with turn:
                     results[number] = await job()
@@ -99,14 +98,12 @@ async def _all(count: int, jobs: Sequence[Callable[[], Awaitable[_Found | None]]
             nursery.start_soon(run, number, job)
     if errors:
         raise errors[0]
-    return results
+    return [results[number] for number in range(len(jobs))]
 
 
-async def _find(export: Export, connected: Handles) -> _Found | None:
+async def _find(export: Export, connected: Handles) -> _Found:
     """One connection at a time: a server may take no more. And one map at a time: two block status requests for the
     same range must not be in flight."""
-    if not export.uri and export.size == 0:
-        return None
     dirty = RangeSet([(0, export.size)])
     if export.dirty_context:
         dirty = await extents.dirty(export.uri, export.size, export.dirty_context)
@@ -132,7 +129,7 @@ async def _allocation(export: Export) -> RangeSet:
         ) from None
 
 
-async def _connect_more(found: Sequence[_Found | None], each: int, connected: Handles) -> None:
+async def _connect_more(found: Sequence[_Found], each: int, connected: Handles) -> None:
     """One more for every disk, until all have `each`, or somebody's server takes no more.
 
     Only where the server promises that what one connection reads is what another one does.
@@ -148,32 +145,38 @@ async def _connect_more(found: Sequence[_Found | None], each: int, connected: Ha
                 except UserError as error:
                     refused.append(error)
 
-    sharing = [one for one in found if one and one.handles[0].can_multi_conn()]
+    sharing = [one for one in found if one.handles[0].can_multi_conn()]
     for _ in range(each - 1):
         async with trio.open_nursery() as nursery:
             for disk in sharing:
                 nursery.start_soon(connect, disk)
     if refused:
-        count = sum(len(one.handles) for one in found if one)
+        count = sum(len(one.handles) for one in found)
         log.warning("going on with %d connections, for more cannot be had: %s", count, refused[0].what)
 
 
 @asynccontextmanager
-async def _opened(
-    found: _Found, mount: Status, budget: Budget, bandwidth: Bandwidth | None, sockets: Sockets, chunk: int | None
-) -> AsyncIterator[Disk]:
-    export, figures, health = found.export, mount.disks[found.export.disk], mount.health
+async def _opened(found: _Found, shared: _Shared) -> AsyncIterator[Disk]:
+    export, status = found.export, shared.mounting.status
+    figures, health = status.disks[export.disk], status.health
 
     def lost(error: ConnectionLostError) -> None:
         health.mark_broken(f"the connection to {where(export.uri)} is lost: {error}")
 
     figures.data, figures.dirty = found.data.total(), found.dirty.total()
     async with pool(
-        found.handles, export.uri, export.size, figures, bandwidth, lost, export.request_unit, sockets
+        found.handles,
+        export.uri,
+        export.size,
+        figures,
+        shared.bandwidth,
+        lost,
+        export.request_unit,
+        shared.mounting.sockets,
     ) as connections:
-        can_trim = export.can_trim and connections.facts.can_trim
-        wanted = _wanted(found, chunk)
-        disk = NbdDisk(connections, found.data, found.dirty, can_trim, figures, health, budget, wanted)
+        can_trim = shared.own and connections.facts.can_trim
+        wanted = _wanted(found, shared.mounting.options.chunk)
+        disk = NbdDisk(connections, found.data, found.dirty, can_trim, figures, health, shared.budget, wanted)
         try:
             yield disk
         finally:
@@ -182,7 +185,7 @@ async def _opened(
 
 def _wanted(found: _Found, chunk: int | None) -> RangeSet:
     """The chunks that changed: a tool that skips the others wants nothing behind the end of one."""
-    if found.export.bitmap != "reuse":
+    if found.export.dirty_context is None:
         return RangeSet()
     size = found.export.size
     return found.dirty.aligned_outward(fitting(size, chunk or USUAL_CHUNK), size)

@@ -8,78 +8,111 @@ show has to be frozen by whoever runs the server: there is nothing here to take 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import PurePath
 from urllib.parse import parse_qs, urlsplit
 
+from qfsbackup.contracts import Mounting, Snapshot, SnapshotDisk
 from qfsbackup.errors import EXIT_USAGE, UserError
-from qfsbackup.facts import Export, Offer, Snapshot
-from qfsbackup.status import DiskStatus, Status
+from qfsbackup.nbd.export import Export, Offer
+from qfsbackup.options import Options
 
-SCHEMES = ("nbd", "nbd+unix", "nbds", "nbds+unix")
 DEFAULT_DISK = "disk"  # what the export without a name is called
 DEFAULT_PORT = 10809  # NBD's, as IANA has it
 DIRTY_BITMAP = "qemu:dirty-bitmap:"
+NO_CHECKPOINTS = "an NBD server keeps no checkpoints"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class UriSource:
-    """The exports behind an NBD URI."""
+    """The exports behind an NBD URI; see contracts.Source."""
 
-    uri: str
-    list_exports: Callable[[str], Awaitable[Sequence[Offer]]]  # asks the server; raises UserError
-    status: Status
-    bitmap: str | None = None  # the bitmap whose context is the dirty map
-    trim: bool = False  # may the server's data be trimmed: there is no copy of ours that could be instead
-    disks: Collection[str] = ()  # names; none: all
-    exclude: Collection[str] = ()
-    vm: str | None = None  # what to call the VM, instead of the socket's or the host's name
+    def __init__(self, uri: str) -> None:
+        self.name = self.place = uri
+
+    def check(self, options: Options) -> None:
+        """See contracts.Source."""
+        if options.target:
+            raise UserError(NO_CHECKPOINTS, "target= needs a VM's QMP socket: leave it out here.", EXIT_USAGE)
+        if options.agent or options.freeze == "require":
+            hint = "agent= and freeze=require need a VM's QMP socket."
+            raise UserError("an NBD server has no guest to freeze", hint, EXIT_USAGE)
+        if options.discard == "release" and not options.trim_server_data:
+            hint = "Leave it out, or say that this data may go once it was read: -o trim-server-data."
+            raise UserError("discard=release would trim the server's own data", hint, EXIT_USAGE)
+
+    def is_there(self) -> bool:
+        """Nothing of ours is ever in the server."""
+        return False
 
     @asynccontextmanager
-    async def snapshot(self) -> AsyncIterator[Snapshot]:
-        """Look what the server offers; see contracts.Source. The instant is now, for want of a better one."""
-        named = _by_name(await self.list_exports(self.uri))
-        chosen = _choose(named, self.disks, self.exclude)
-        exports = tuple(self._export(name, offer) for name, offer in chosen.items())
-        for export in exports:
-            self.status.disks[export.disk] = DiskStatus(export.size)
-        yield Snapshot(
-            vm=self.vm or vm_name(self.uri),
-            uuid=None,
-            instant=time.time_ns(),
-            exports=exports,
-            details={"source": self.uri},
-        )
+    async def snapshot(self, mounting: Mounting) -> AsyncIterator[Snapshot]:
+        """Look what the server offers. The instant is now, for want of a better one."""
+        from qfsbackup.nbd.listing import list_exports  # these two need libnbd
+        from qfsbackup.nbd.opening import connected_disks
 
-    def _export(self, name: str, offer: Offer) -> Export:
-        context = f"{DIRTY_BITMAP}{self.bitmap}" if self.bitmap else None
-        if context and context not in offer.contexts:
-            raise UserError(
-                f"the export {offer.name!r} has no dirty bitmap {self.bitmap!r}",
-                f"Its meta contexts are: {', '.join(offer.contexts) or 'none'}.",
+        options = mounting.options
+        chosen = choose(await list_exports(self.name), options)
+        exports = [export(name, offer, options) for name, offer in chosen.items()]
+        instant = time.time_ns()
+        async with connected_disks(exports, mounting, own=options.trim_server_data) as disks:
+            yield Snapshot(
+                vm=options.vm or vm_name(self.name),
+                uuid=None,
+                instant=instant,
+                disks=tuple(
+                    SnapshotDisk(
+                        one.disk,
+                        one.size,
+                        disk,
+                        bitmap="reuse" if one.dirty_context else "none",
+                        map_name=one.dirty_context or "",
+                        details={"export": chosen[one.disk].name},
+                    )
+                    for one, disk in zip(exports, disks, strict=True)
+                ),
+                own=options.trim_server_data,
+                details={"source": self.name},
             )
-        if self.trim and not offer.can_trim:
-            raise UserError(
-                f"the server does not let the export {offer.name!r} be trimmed",
-                "Leave trim-server-data out.",
-                EXIT_USAGE,
-            )
-        return Export(
-            disk=name,
-            uri=offer.uri,
-            size=offer.size,
-            dirty_context=context,
-            can_trim=self.trim,
-            bitmap="reuse" if context else "none",
-            details={"export": offer.name},
+
+    async def clean_up(self, options: Options) -> list[str]:  # noqa: ARG002
+        """See is_there."""
+        return []
+
+    async def checkpoints(self, options: Options) -> list[str]:  # noqa: ARG002
+        """See contracts.Source."""
+        raise UserError(NO_CHECKPOINTS, "Name a VM's QMP socket, or the image of a VM that is off.", EXIT_USAGE)
+
+    async def forget(self, options: Options, target: str, *, others: bool) -> list[str]:  # noqa: ARG002
+        """See contracts.Source."""
+        return await self.checkpoints(options)
+
+    def thaw_unheard(self, agent: str) -> None:
+        """There is no guest."""
+
+    async def thaw(self, agent: str) -> bool:  # noqa: ARG002
+        """There is no guest."""
+        return False
+
+
+def source(text: str) -> UriSource:
+    """The server at this URI."""
+    return UriSource(text)
+
+
+def export(name: str, offer: Offer, options: Options) -> Export:
+    """What is to be opened. Raises UserError where the server does not offer what is asked for."""
+    context = f"{DIRTY_BITMAP}{options.bitmap}" if options.bitmap else None
+    if context and context not in offer.contexts:
+        raise UserError(
+            f"the export {offer.name!r} has no dirty bitmap {options.bitmap!r}",
+            f"Its meta contexts are: {', '.join(offer.contexts) or 'none'}.",
         )
-
-
-def is_nbd_uri(source: str) -> bool:
-    """Is `source` meant for this module."""
-    return source.partition("://")[0] in SCHEMES and "://" in source
+    if options.trim_server_data and not offer.can_trim:
+        raise UserError(
+            f"the server does not let the export {offer.name!r} be trimmed", "Leave trim-server-data out.", EXIT_USAGE
+        )
+    return Export(name, offer.uri, offer.size, context)
 
 
 def vm_name(uri: str) -> str:
@@ -104,7 +137,9 @@ def _by_name(offers: Sequence[Offer]) -> dict[str, Offer]:
     return named
 
 
-def _choose(named: dict[str, Offer], wanted: Collection[str], excluded: Collection[str]) -> dict[str, Offer]:
+def choose(offers: Sequence[Offer], options: Options) -> dict[str, Offer]:
+    """The exports that become disks, by the disk's name. Raises UserError."""
+    named, wanted, excluded = _by_name(offers), options.disks, options.exclude
     known = ", ".join(named) or "none"
     for name in (*wanted, *excluded):
         if name not in named:

@@ -55,7 +55,7 @@ class DiskState:
     generation: str
     instant: int
     size: int
-    content: str  # as facts.Export has it
+    content: str  # as contracts.SnapshotDisk has it
     chunk: int
     times: array[int]  # of each chunk; type code "q"
 

@@ -21,6 +21,6 @@ def listens(path: str | os.PathLike[str]) -> bool:
     return True
 
 
-def is_off(path: str) -> bool:
+def is_off(path: str | os.PathLike[str]) -> bool:
     """Is this a VM that does not run: no file, or a socket that QEMU has left?"""
     return not Path(path).exists() or (Path(path).is_socket() and not listens(path))

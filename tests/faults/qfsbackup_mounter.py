@@ -14,9 +14,12 @@ import os
 import sys
 from pathlib import Path
 
-import qfsbackup.mount.daemon  # noqa: F401 - the worker would import it after its fork
+import qfsbackup.mount.daemon
+import qfsbackup.sources.vm_snapshot
+import qfsbackup.vm.monitors.qmp_socket  # noqa: F401 - the worker would import these after its fork
 from qfsbackup.cli.mount import MountRequest, mount_in_background
 from qfsbackup.errors import UserError
+from qfsbackup.sources import find
 
 
 def main() -> None:
@@ -28,7 +31,7 @@ def main() -> None:
         source, mountpoint, *options = json.loads(line)
         error = None
         try:
-            mount_in_background(MountRequest(source, Path(mountpoint), tuple(options), logging.INFO))
+            mount_in_background(MountRequest(find(source), Path(mountpoint), tuple(options), logging.INFO))
         except UserError as refusal:
             error = refusal.what
         print(json.dumps(error), flush=True)

@@ -23,7 +23,7 @@ from tests.vm.support import guest_io, make_source
 PROGRAM = [
     sys.executable,
     "-c",
-    "import qfsbackup.cli.mount as m, sys; m.RESCUE_PAUSE = 0.2; m.LONGEST_PAUSE = 0.5;"
+    "import qfsbackup.mount.rescue as m, sys; m.PAUSE = 0.2; m.LONGEST_PAUSE = 0.5;"
     " from qfsbackup.cli.main import main; sys.exit(main())",
 ]
 LEFT = "qfsbackup-filter-0 (used by block job theirs)"

@@ -21,7 +21,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from qfsbackup.facts import Base, Snapshot
+from qfsbackup.contracts import Snapshot
+from qfsbackup.facts import Base
 from qfsbackup.fs.description import Look
 from qfsbackup.fs.grid import Grid, count, cut
 from qfsbackup.fs.tree import ShownDisk, build_tree
@@ -145,7 +146,7 @@ class Machine(RuleBasedStateMachine):
         grid = cut(size, dirty, time, base, CHUNK)
         disk = frozen(MemoryDisk(bytes(self.content), dirty=dirty))
         shown = ShownDisk("vda", store.disk_number("vda"), disk, grid)
-        snapshot = Snapshot(vm="web1", uuid=UUID, instant=instant, exports=())
+        snapshot = Snapshot(vm="web1", uuid=UUID, instant=instant, disks=())
         tree = build_tree(
             snapshot, [shown], Status(), generation.encode(), Look(time, time + SECOND, store.vm_number())
         )

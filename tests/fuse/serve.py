@@ -25,8 +25,7 @@ from pathlib import Path
 
 import trio
 
-from qfsbackup.contracts import Answer
-from qfsbackup.facts import Snapshot
+from qfsbackup.contracts import Answer, Snapshot
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.tree import ShownDisk, build_tree
 from qfsbackup.fuse.mount import mounted
@@ -135,7 +134,7 @@ async def serve(directory: Path, permissions: Permissions) -> None:
         for number, (name, disk) in enumerate(disks.items())
     ]
     status.facts["trims"] = {name: disk.trims for name, disk in disks.items()}
-    snapshot = Snapshot(vm="memory", uuid=None, instant=INSTANT, exports=(), config={"../evil": b"config"})
+    snapshot = Snapshot(vm="memory", uuid=None, instant=INSTANT, disks=(), config={"../evil": b"config"})
     tree = build_tree(snapshot, shown, status, b"{}\n")
     trap = disks["trap"]
     assert isinstance(trap, Trap)

@@ -16,17 +16,14 @@ from typing import Any
 
 import trio
 
-from qfsbackup.facts import Export
+from qfsbackup.contracts import SnapshotDisk
 from qfsbackup.fs.grid import Grid
 from qfsbackup.mount.chain import committed, open_chain
-from qfsbackup.nbd.opening import open_disks
-from qfsbackup.sources.qemu import QemuSource
-from qfsbackup.status import Status
 from tests.harness.disk import MIB, Disk
 from tests.harness.files import make_random
 from tests.harness.qemu import Qemu, run_img
 from tests.harness.vm import Vm, running_vm
-from tests.vm.support import copied
+from tests.vm.support import Snapshots, copied, make_source
 
 SIZE = MIB
 Event = Callable[["ChainLab"], Awaitable[dict[str, str]]]  # tells what the next backup must say of each disk
@@ -116,31 +113,29 @@ class ChainLab:
         await run("nbd-server-stop")
         return copy.read_bytes()
 
-    def source(self, **more: Any) -> QemuSource:
+    def source(self, **more: Any) -> Snapshots:
         """What backups are taken from."""
-        place: dict[str, Any] = {"socket": self.vm.qmp, "runtime": self.folder, "fleece": self.folder, "vm": "vm"}
-        return QemuSource(status=Status(), committed=partial(committed, self.folder), **(place | more))
+        return make_source(self.vm, self.folder, committed=partial(committed, self.folder), **({"vm": "vm"} | more))
 
     async def backup(
         self, target: str = "nas", *, in_image: bool = True, commit: bool = True, **more: Any
-    ) -> dict[str, Export]:
-        """Back up and commit; the tool then holds the disks, byte for byte. What each disk's export said."""
+    ) -> dict[str, SnapshotDisk]:
+        """Back up and commit; the tool then holds the disks, byte for byte. What was said of each disk."""
         held: dict[str, bytes] = {}
         async with AsyncExitStack() as stack:
             chain = await stack.enter_async_context(open_chain(target, self.folder, CHUNK, in_image=in_image))
             source = self.source(checkpoint=chain.request, **more)
             snapshot = await stack.enter_async_context(source.snapshot())
-            status = source.status
-            disks = await stack.enter_async_context(open_disks(snapshot.exports, status))
+            disks = [await stack.enter_async_context(disk.open()) for disk in snapshot.disks]
             grids = await chain.grids(snapshot, await chain.begin(snapshot), disks)
-            for export in snapshot.exports:
-                content = await copied(export, self.folder / "copy")
-                held[export.disk] = self._take(f"{target} {export.disk}", grids[export.disk], content)
+            for found in snapshot.disks:
+                content = await copied(found, self.folder / "copy")
+                held[found.name] = self._take(f"{target} {found.name}", grids[found.name], content)
             if commit:
-                await chain.commit(snapshot, disks, status)
-        for disk, found in held.items():
-            assert found == await self.content(disk), f"what is held of {disk} is another disk"
-        return {export.disk: export for export in snapshot.exports}
+                await chain.commit(snapshot, disks, source.status)
+        for name, content in held.items():
+            assert content == await self.content(name), f"what is held of {name} is another disk"
+        return {disk.name: disk for disk in snapshot.disks}
 
     def _take(self, disk: str, grid: Grid, content: bytes) -> bytes:
         """Read as rsync does: what has another time or size. All that is held then."""
@@ -189,9 +184,9 @@ async def chain_lab(qemu: Qemu, folder: Path) -> AsyncIterator[ChainLab]:
         await lab.close()
 
 
-def said(exports: Mapping[str, Export]) -> dict[str, str]:
+def said(disks: Mapping[str, SnapshotDisk]) -> dict[str, str]:
     """The bitmaps' status, and the reason behind it."""
-    return {name: f"{export.bitmap} {export.bitmap_reason}".strip() for name, export in exports.items()}
+    return {name: f"{disk.bitmap} {disk.bitmap_reason}".strip() for name, disk in disks.items()}
 
 
 def blockdev(node: str, path: Path, form: str = "qcow2", *, read_only: bool = False) -> list[str]:

@@ -146,7 +146,7 @@ async def test_what_stays_in_an_image_that_became_read_only_is_not_called_as_it_
             lab.source(checkpoint=chain.request).snapshot() as snapshot,
         ):
             await an_external_snapshot(lab)
-        name = f"{PREFIX}nas-{snapshot.exports[0].generation}"
+        name = f"{PREFIX}nas-{snapshot.disks[0].generation}"
         assert {bitmap.removesuffix(".low") for bitmap in await lab.bitmaps()} == {name}
         assert any(f"but for what it does not remove: the bitmap {name} of " in line for line in caplog.messages)
         assert "QEMU is as it was" not in caplog.messages
@@ -168,7 +168,7 @@ async def test_another_state_folders_bitmaps_stay_and_are_named(
             open_chain("nas", second, CHUNK, in_image=True) as chain,
             lab.source(checkpoint=chain.request).snapshot() as snapshot,
         ):
-            assert [export.bitmap for export in snapshot.exports] == ["new"]
+            assert [disk.bitmap for disk in snapshot.disks] == ["new"]
         assert any(f"left alone: the bitmap qfsbackup-nas-{first} of " in line for line in caplog.messages)
         listed = await command(lab, "checkpoints", state=second)
         assert listed.stdout.count(f"nas  the bitmap qfsbackup-nas-{first}") == 1, listed

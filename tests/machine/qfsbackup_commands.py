@@ -16,11 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import qfsbackup.mount.daemon  # noqa: F401 - every command would import it after its fork
-from qfsbackup.cli import mount
+import qfsbackup.mount.daemon
+import qfsbackup.sources.vm_checkpoints
+import qfsbackup.vm.monitors.qmp_socket  # noqa: F401 - every command would import these after its fork
 from qfsbackup.cli.main import main
+from qfsbackup.mount import rescue
 
-mount.RESCUE_PAUSE, mount.LONGEST_PAUSE = 0.2, 0.5  # seconds; what is left is looked for more often
+rescue.PAUSE, rescue.LONGEST_PAUSE = 0.2, 0.5  # seconds; what is left is looked for more often
 
 
 def start(folder: Path, request: dict[str, Any]) -> int:

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from qfsbackup.contracts import Disk, awaited
-from qfsbackup.facts import Export
-from qfsbackup.nbd.bandwidth import Bandwidth
-from qfsbackup.nbd.opening import open_disks
+from qfsbackup.contracts import Disk, Mounting, awaited
+from qfsbackup.nbd.export import Export
+from qfsbackup.nbd.opening import connected_disks
+from qfsbackup.options import Options
 from qfsbackup.status import DiskStatus, Status
 from tests.harness.disk import MIB
 from tests.harness.nbd_server import NbdServer, nbdkit, qemu_nbd
@@ -26,13 +26,13 @@ BAD_SECOND_MIB = (
 
 @asynccontextmanager
 async def opened(
-    uri: str, size: int, status: Status | None = None, *, context: str | None = None, bandwidth: Bandwidth | None = None
+    uri: str, size: int, status: Status | None = None, *, context: str | None = None, bwlimit: int | None = None
 ) -> AsyncIterator[tuple[Disk, DiskStatus]]:
     """The disk at `uri`, and its counters."""
     status = status or Status()
     status.disks["vda"] = counters = DiskStatus(size)
-    export = Export("vda", uri, size, context, can_trim=True)
-    async with open_disks([export], status, bandwidth=bandwidth) as [disk]:
+    mounting = Mounting(Options(bwlimit=bwlimit), Path("/none"), status)
+    async with connected_disks([Export("vda", uri, size, context)], mounting, own=True) as [found], found() as disk:
         yield disk, counters
 
 

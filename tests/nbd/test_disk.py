@@ -13,7 +13,6 @@ import trio.testing
 from qfsbackup.contracts import awaited
 from qfsbackup.errors import FsError, UserError
 from qfsbackup.facts import CLUSTER
-from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.status import Status
 from tests.harness.disk import MIB
 from tests.harness.nbd_server import make_certificates, nbdkit, qemu_nbd
@@ -162,12 +161,12 @@ async def test_tls(qemu: Qemu, tmp_path: Path, kind: str) -> None:
 async def test_a_limited_disk_is_read_at_its_pace(tmp_path: Path) -> None:
     async with nbdkit(tmp_path, ["pattern", "4M"]) as server:
         start = trio.current_time()
-        async with opened(server.uri, 4 * MIB, bandwidth=Bandwidth(16 * MIB)) as (disk, counters):
+        async with opened(server.uri, 4 * MIB, bwlimit=16 * MIB) as (disk, counters):
             assert len(await all_of(disk, MIB)) == 4 * MIB
             # The first request goes at once, so there is a lower bound, which a slow machine cannot break.
             assert trio.current_time() - start >= (4 * MIB - MIB) / (16 * MIB) - 0.1
             assert counters.nbd_bytes == 4 * MIB
-        async with opened(server.uri, 4 * MIB, bandwidth=Bandwidth(1)) as (disk, _):
+        async with opened(server.uri, 4 * MIB, bwlimit=1) as (disk, _):
             with trio.move_on_after(0.05):
                 await awaited(disk.read, 0, MIB)
                 pytest.fail("a byte a second is not a MiB in 50 ms")

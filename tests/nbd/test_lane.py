@@ -15,7 +15,6 @@ import trio.testing
 from qfsbackup.contracts import Buffer, Disk, awaited
 from qfsbackup.errors import FsError
 from qfsbackup.facts import CLUSTER
-from qfsbackup.nbd.bandwidth import Bandwidth
 from qfsbackup.status import Status
 from tests.harness.disk import MIB
 from tests.harness.nbd_server import make_certificates, nbdkit, qemu_nbd
@@ -208,7 +207,7 @@ async def test_replies_that_wait_inside_of_tls_are_seen(qemu: Qemu, tmp_path: Pa
 async def test_who_has_to_pay_goes_the_ordinary_way(qemu: Qemu, tmp_path: Path) -> None:
     async with (
         served(qemu, tmp_path) as server,
-        opened(server.uri, SIZE, bandwidth=Bandwidth(MIB)) as (disk, _),
+        opened(server.uri, SIZE, bwlimit=MIB) as (disk, _),
     ):
         assert lane_of(disk) is None
 

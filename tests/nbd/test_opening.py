@@ -3,18 +3,20 @@
 
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
-from qfsbackup.contracts import awaited
+from qfsbackup.contracts import Mounting, awaited
 from qfsbackup.errors import UserError
-from qfsbackup.facts import CONNECTIONS, Export, Sockets
+from qfsbackup.facts import CONNECTIONS
 from qfsbackup.nbd import opening
+from qfsbackup.nbd.export import Export
 from qfsbackup.nbd.handle import Handles
-from qfsbackup.nbd.opening import open_disks
+from qfsbackup.nbd.opening import connected_disks
+from qfsbackup.options import Options
 from qfsbackup.status import DiskStatus, Status
 from tests.harness.files import make_random
 from tests.harness.nbd_server import storage_daemon
@@ -36,16 +38,18 @@ async def served(qemu: Qemu, folder: Path, count: int, connections: int) -> Asyn
     status = Status(disks={f"d{number}": DiskStatus(SIZE) for number in range(count)})
     async with storage_daemon(qemu, folder, options, connections=connections) as server:
         uris = [server.export(f"d{number}") for number in range(count)]
-        yield [Export(f"d{n}", uri, SIZE, None, can_trim=False) for n, uri in enumerate(uris)], status
+        yield [Export(f"d{n}", uri, SIZE) for n, uri in enumerate(uris)], status
 
 
 async def connections_of(exports: list[Export], status: Status, wanted: int) -> int:
     """How many there are, while every disk can be read."""
-    sockets: Sockets = {}
-    async with open_disks(exports, status, wanted, sockets=sockets) as disks:
+    mounting = Mounting(Options(connections=wanted), Path("/none"), status)
+    async with AsyncExitStack() as stack:
+        found = await stack.enter_async_context(connected_disks(exports, mounting, own=False))
+        disks = [await stack.enter_async_context(disk()) for disk in found]
         contents = {bytes(await awaited(disk.read, 0, SIZE)) for disk in disks}
         assert len(contents) == 1
-        return len(sockets)
+        return len(mounting.sockets)
 
 
 async def test_each_disk_has_what_was_asked_for(qemu: Qemu, tmp_path: Path) -> None:

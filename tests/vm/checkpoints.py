@@ -10,13 +10,13 @@ from typing import Any
 
 import trio
 
-from qfsbackup.facts import Base, CheckpointRequest, Export, Known, Snapshot
-from qfsbackup.sources.qemu import QemuSource
+from qfsbackup.contracts import Snapshot, SnapshotDisk
+from qfsbackup.facts import Base, CheckpointRequest, Known
 from qfsbackup.vm.bitmaps.checkpoint import bitmap_name, low_name
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu
 from tests.harness.vm import Vm, running_vm
-from tests.vm.support import make_source
+from tests.vm.support import Snapshots, make_source, served
 
 OLD, NEW, OTHER = "0" * 15 + "a", "0" * 15 + "b", "0" * 15 + "c"
 STORE = "000000"  # the id of the store that all of them are of
@@ -32,7 +32,7 @@ def source(
     also_committed: Collection[str] = (),
     also_based: Collection[str] = (),
     **more: Any,
-) -> QemuSource:
+) -> Snapshots:
     """A source that starts a backup, from the backup `base` on all disks if there is one."""
     bases = {disk.id: Base(own(base, disk.id), SIZE, content(disk)) for disk in vm.disks} if base else {}
     bases |= {name: Base(own(base or OLD, name), SIZE) for name in also_based}
@@ -82,8 +82,9 @@ def pair(disk: str, generation: str, target: str = "nas") -> set[str]:
     return {f"{disk} {name}", f"{disk} {low_name(name)}"}
 
 
-async def dirty(export: Export) -> list[tuple[int, int]]:
+async def dirty(disk: SnapshotDisk) -> list[tuple[int, int]]:
     """Offset and length of the dirty extents that NBD tells."""
+    export = served(disk)
     assert export.dirty_context is not None
     command = ["nbdinfo", f"--map={export.dirty_context}", "--json", export.uri]
     done = await trio.run_process(command, capture_stdout=True)
@@ -100,7 +101,7 @@ async def committed(vm: Vm, folder: Path, generation: str, base: str | None = No
 
 def said(snapshot: Snapshot) -> list[tuple[str, str | None]]:
     """The bitmaps' status, and what the map is called."""
-    return [(export.bitmap, export.dirty_context) for export in snapshot.exports]
+    return [(disk.bitmap, served(disk).dirty_context) for disk in snapshot.disks]
 
 
 FULL = ("new", None)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import trio
 
+from qfsbackup.contracts import Mounting
 from qfsbackup.mount.chain import open_chain
+from qfsbackup.options import Options
 from qfsbackup.sources.qemu import QemuSource
 from qfsbackup.status import Status
 
@@ -21,8 +23,8 @@ async def main() -> None:
         request = None
         for target in sys.argv[3:]:
             request = (await stack.enter_async_context(open_chain(target, folder, None, in_image=True))).request
-        source = QemuSource(socket=socket, runtime=folder, fleece=folder, status=Status(), vm="vm", checkpoint=request)
-        await stack.enter_async_context(source.snapshot())
+        mounting = Mounting(Options(fleece=folder, vm="vm"), folder, Status(), checkpoint=request)
+        await stack.enter_async_context(QemuSource(socket).snapshot(mounting))
         print("ready", flush=True)
         await trio.sleep_forever()
 

@@ -2,23 +2,72 @@
 """What the tests of snapshots share: a source, what QEMU holds, writing as the guest would, reading over NBD."""
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from qfsbackup.facts import CLUSTER, Export
+from qfsbackup.contracts import Mounting, Snapshot, SnapshotDisk, Source
+from qfsbackup.facts import CLUSTER, CheckpointRequest
+from qfsbackup.mount.tree import note
+from qfsbackup.nbd.export import Export
+from qfsbackup.options import Options
 from qfsbackup.sources.qemu import QemuSource
 from qfsbackup.status import Status
 from qfsbackup.vm.quirks import keeps_fdsets
 from tests.harness.vm import Vm
 
 
-def make_source(vm: Vm, folder: Path, /, **changes: Any) -> QemuSource:
-    """A source for the VM that keeps everything in `folder`."""
-    options: dict[str, Any] = {"socket": vm.qmp, "runtime": folder, "fleece": folder, "status": Status()}
-    return QemuSource(**(options | changes))
+@dataclass(frozen=True)
+class Snapshots:
+    """A source, and what snapshots of it are taken for."""
+
+    source: Source
+    socket: Path
+    mounting: Mounting
+
+    @property
+    def status(self) -> Status:
+        return self.mounting.status
+
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[Snapshot]:
+        """As a mount takes it."""
+        async with self.source.snapshot(self.mounting) as snapshot:
+            note(self.status, snapshot, self.mounting.options)
+            yield snapshot
+
+
+def make_source(
+    vm: Vm,
+    folder: Path,
+    /,
+    *,
+    socket: Path | None = None,
+    runtime: Path | None = None,
+    checkpoint: CheckpointRequest | None = None,
+    committed: Callable[[str], Awaitable[Collection[str]]] | None = None,
+    **options: Any,
+) -> Snapshots:
+    """Snapshots of the VM with these options of a mount, which keep everything in `folder`."""
+    place: dict[str, Any] = {"fleece": folder, "connections": 1}
+    chosen = Options(**(place | options))
+    return Snapshots(
+        QemuSource(socket or vm.qmp),
+        socket or vm.qmp,
+        Mounting(chosen, runtime or folder, Status(), checkpoint=checkpoint, committed=committed),
+    )
+
+
+def served(disk: SnapshotDisk) -> Export:
+    """What QEMU serves of it, for tools that speak NBD themselves."""
+    assert isinstance(disk.open, partial)
+    found: Export = disk.open.args[0].export
+    return found
 
 
 async def held(vm: Vm) -> dict[str, Any]:
@@ -76,13 +125,13 @@ async def guest_io(vm: Vm, disk: str, command: str) -> None:
     assert not re.search("verification failed|(read|write|discard|flush) failed", said), said
 
 
-async def copied(export: Export, path: Path) -> bytes:
+async def copied(disk: SnapshotDisk, path: Path) -> bytes:
     """The whole disk at the instant.
 
     Read cluster by cluster and without block status: QEMU before 8.0 answers a request that begins in an overwritten
     cluster and ends in another one with what the guest has written since (hbitmap_status, fixed by a4d5224c2c).
     """
-    await trio.run_process(["nbdcopy", "--no-extents", f"--request-size={CLUSTER}", export.uri, str(path)])
+    await trio.run_process(["nbdcopy", "--no-extents", f"--request-size={CLUSTER}", served(disk).uri, str(path)])
     return path.read_bytes()  # noqa: ASYNC240 - a few MB
 
 

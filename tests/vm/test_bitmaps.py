@@ -54,8 +54,8 @@ async def test_the_chain_of_two_backups(qemu: Qemu, tmp_path: Path, legacy: bool
         async with source(vm, tmp_path, NEW, OLD).snapshot() as snapshot:
             assert said(snapshot) == [INCREMENTAL, INCREMENTAL]
             await guest_io(vm, "vda", "write -P 3 4M 64k")  # after the instant
-            assert await dirty(snapshot.exports[0]) == [(MIB, GRANULARITY), (2 * MIB, GRANULARITY)]
-            assert await dirty(snapshot.exports[1]) == [(3 * MIB, MIB)]
+            assert await dirty(snapshot.disks[0]) == [(MIB, GRANULARITY), (2 * MIB, GRANULARITY)]
+            assert await dirty(snapshot.disks[1]) == [(3 * MIB, MIB)]
             assert await names(vm) == of(OLD) | of(NEW)
             assert snapshot.keep is not None
             await snapshot.keep()
@@ -76,7 +76,7 @@ async def test_without_a_commit_the_base_stays_and_goes_on_recording(paused_vm: 
         await guest_io(vm, "vda", "write -P 3 4M 64k")
     assert await names(vm) == of(OLD)
     async with source(vm, tmp_path, OTHER, OLD).snapshot() as snapshot:
-        assert await dirty(snapshot.exports[0]) == [(4 * MIB, GRANULARITY)]
+        assert await dirty(snapshot.disks[0]) == [(4 * MIB, GRANULARITY)]
 
 
 async def test_a_write_around_the_instant_is_in_the_map_or_the_next_one_never_in_none(
@@ -96,15 +96,15 @@ async def test_a_write_around_the_instant_is_in_the_map_or_the_next_one_never_in
 
     proxied = source(vm, tmp_path, NEW, OLD, socket=tmp_path / "proxy", disks=["vda"])
     async with running_proxy(vm.qmp, proxied.socket, write), proxied.snapshot() as snapshot:
-        [export] = snapshot.exports
-        content = await copied(export, tmp_path / "copy")
+        [disk] = snapshot.disks
+        content = await copied(disk, tmp_path / "copy")
         assert (content[MIB], content[2 * MIB]) == (1, 0)  # the first is in the snapshot, the second is not
-        assert await dirty(export) == [(MIB, GRANULARITY), (2 * MIB, GRANULARITY)]
+        assert await dirty(disk) == [(MIB, GRANULARITY), (2 * MIB, GRANULARITY)]
         assert snapshot.keep is not None
         await snapshot.keep()
     assert passed.count("transaction") == 3
     async with source(vm, tmp_path, OTHER, NEW, disks=["vda"]).snapshot() as snapshot:
-        assert (2 * MIB, GRANULARITY) in await dirty(snapshot.exports[0])
+        assert (2 * MIB, GRANULARITY) in await dirty(snapshot.disks[0])
 
 
 Damage = Literal["disabled", "missing", "granularity"]
@@ -121,7 +121,7 @@ async def test_a_base_that_is_no_good_makes_that_disk_alone_full(paused_vm: Vm, 
         await vm.monitor.execute("block-dirty-bitmap-add", bitmap | {"granularity": 4096})
     async with source(vm, tmp_path, NEW, OLD).snapshot() as snapshot:
         assert said(snapshot) == [("invalid", None), INCREMENTAL]
-        assert bitmap["name"] in snapshot.exports[0].bitmap_reason
+        assert bitmap["name"] in snapshot.disks[0].bitmap_reason
         assert snapshot.keep is not None
         await snapshot.keep()
     assert await names(vm) >= of(NEW)
@@ -140,7 +140,7 @@ async def test_a_crash_of_qemu_makes_the_next_backup_full_and_a_clean_end_does_n
         assert await names(vm) == pair("vdb", OLD)
         async with source(vm, tmp_path, NEW, OLD).snapshot() as snapshot:
             assert said(snapshot) == [("invalid", None), INCREMENTAL]
-            assert "not there" in snapshot.exports[0].bitmap_reason
+            assert "not there" in snapshot.disks[0].bitmap_reason
         vm.process.kill()
         await vm.process.wait()
     async with two_disks(qemu, tmp_path, name="third") as vm:

@@ -54,7 +54,7 @@ async def test_a_killed_mount_is_undone_by_the_next_one(paused_vm: Vm, tmp_path:
         await process.wait()
     assert await held(paused_vm) != before
     async with make_source(paused_vm, tmp_path, runtime=tmp_path, disks=["vdb"]).snapshot() as snapshot:
-        assert [export.disk for export in snapshot.exports] == ["vdb"]
+        assert [disk.name for disk in snapshot.disks] == ["vdb"]
     assert await held(paused_vm) == before
 
 
@@ -85,7 +85,7 @@ async def test_the_snapshot_of_a_living_mount_is_not_touched(qemu: Qemu, tmp_pat
         process.kill()
         await process.wait()
         async with make_source(vm, tmp_path, socket=second).snapshot() as snapshot:
-            assert len(snapshot.exports) == 1
+            assert len(snapshot.disks) == 1
 
 
 async def test_a_guest_paused_by_its_owner_stays_paused(paused_vm: Vm, tmp_path: Path) -> None:

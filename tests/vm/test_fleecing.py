@@ -24,7 +24,7 @@ from qfsbackup.vm.snapshot import take
 from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu
 from tests.harness.vm import Vm, running_vm
-from tests.vm.support import copied, guest_io, held, make_source
+from tests.vm.support import copied, guest_io, held, make_source, served
 
 
 @contextlib.contextmanager
@@ -102,7 +102,9 @@ async def test_a_trim_gives_the_space_back(paused_vm: Vm, tmp_path: Path) -> Non
     await guest_io(paused_vm, "vda", "write -P 1 0 2M")
     async with source.snapshot() as snapshot:
         await guest_io(paused_vm, "vda", "write -P 2 0 2M")
-        await trio.run_process(["qemu-io", "-f", "raw", "-c", "discard 0 1M", snapshot.exports[0].uri], stdout=DEVNULL)
+        await trio.run_process(
+            ["qemu-io", "-f", "raw", "-c", "discard 0 1M", served(snapshot.disks[0]).uri], stdout=DEVNULL
+        )
         await look_at_files(source.status)
         assert source.status.disks["vda"].fleecing_used == MIB
 
@@ -116,7 +118,7 @@ async def test_a_full_fleecing_folder_breaks_the_snapshot_and_not_the_guest(qemu
                 await guest_io(vm, "vda", "write -P 2 0 16M")
                 await guest_io(vm, "vda", "read -P 2 0 16M")
                 with pytest.raises(CalledProcessError):
-                    await copied(snapshot.exports[0], tmp_path / "copy")
+                    await copied(snapshot.disks[0], tmp_path / "copy")
             await guest_io(vm, "vda", "read -P 2 0 16M")
             space = os.statvfs(small)
             assert space.f_bfree == space.f_blocks  # QEMU 7.2 may keep the file open, but it is empty
@@ -162,4 +164,4 @@ async def test_a_file_system_without_unnamed_files(qemu: Qemu, tmp_path: Path) -
                 assert names(fuse, "qfsbackup*") == []
                 await look_at_files(source.status)
                 assert source.status.fleecing_used == MIB
-                assert await copied(snapshot.exports[0], tmp_path / "copy") == bytes(MIB)
+                assert await copied(snapshot.disks[0], tmp_path / "copy") == bytes(MIB)

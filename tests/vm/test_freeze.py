@@ -19,7 +19,7 @@ from tests.harness.qmp_proxy import running_proxy
 from tests.harness.vm import Vm
 from tests.vm.fake_agent import Guest, fake_agent, silent
 from tests.vm.refusing import running_refusing
-from tests.vm.support import held, make_source
+from tests.vm.support import held, make_source, served
 
 
 async def status(vm: Vm) -> str:
@@ -50,7 +50,7 @@ async def test_the_guest_is_frozen_at_the_instant_and_thawed_after_it(guest_vm: 
         assert await status(guest_vm) == "thawed"
         await guest_vm.shell.run("echo later > /mnt/file && sync")
         copy = tmp_path / "copy"
-        await trio.run_process(["nbdcopy", snapshot.exports[0].uri, str(copy)])
+        await trio.run_process(["nbdcopy", served(snapshot.disks[0]).uri, str(copy)])
     shown = await trio.run_process(["debugfs", "-R", "cat file", str(copy)], capture_stdout=True, capture_stderr=True)
     assert shown.stdout == b"precious\n"
     check = await trio.run_process(["e2fsck", "-fn", str(copy)], capture_stdout=True, capture_stderr=True)

@@ -131,7 +131,7 @@ async def test_another_backup_is_left_alone(paused_vm: Vm, tmp_path: Path) -> No
         async with make_source(paused_vm, tmp_path).snapshot():
             pytest.fail("was not refused")
     async with make_source(paused_vm, tmp_path, exclude=["vda"]).snapshot() as snapshot:
-        assert [export.disk for export in snapshot.exports] == ["vdb"]
+        assert [disk.name for disk in snapshot.disks] == ["vdb"]
     after = await held(paused_vm)
     assert after["devices"] == before["devices"]
     assert [device for device, _ in after["jobs"]] == ["theirs"]
@@ -191,7 +191,7 @@ async def test_rarer_devices_are_disks_too(qemu: Qemu, tmp_path: Path) -> None:
     async with running_vm(qemu, tmp_path, [], extra_args=extra) as vm:
         before = await held(vm)
         async with make_source(vm, tmp_path).snapshot() as snapshot:
-            exports = {export.disk: export for export in snapshot.exports}
+            exports = {disk.name: disk for disk in snapshot.disks}
             assert exports.keys() == {"flash", "n", "u", "f", "nobody"}
             assert await copied(exports["flash"], tmp_path / "copy") == bytes(4 * MIB)
             assert all(before["devices"][path] != device for path, device in (await held(vm))["devices"].items())

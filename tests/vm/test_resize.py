@@ -23,7 +23,7 @@ from tests.vm.checkpoints import (
     source,
     two_disks,
 )
-from tests.vm.support import copied, guest_io, held
+from tests.vm.support import copied, guest_io, held, served
 
 
 @pytest.mark.parametrize("size", [SIZE // 2, 2 * SIZE])
@@ -37,9 +37,9 @@ async def test_a_resize_during_a_snapshot_is_refused(paused_vm: Vm, tmp_path: Pa
             for node in (f"qfsbackup-filter-{number}", f"{disk}-node"):
                 with pytest.raises(QmpError, match="resize"):
                     await vm.monitor.execute("block_resize", {"node-name": node, "size": size})
-        assert await dirty(snapshot.exports[0]) == [(MIB, GRANULARITY)]
-        for export in snapshot.exports:
-            assert len(await copied(export, tmp_path / "copy")) == SIZE
+        assert await dirty(snapshot.disks[0]) == [(MIB, GRANULARITY)]
+        for found in snapshot.disks:
+            assert len(await copied(found, tmp_path / "copy")) == SIZE
     await vm.monitor.execute("block_resize", {"node-name": "vda-node", "size": size})
     assert dict((await held(vm))["sizes"])["vda-node"] == size
 
@@ -70,7 +70,7 @@ async def test_what_a_resize_cut_off_or_added_since_is_told(
         assert (await bitmaps(vm))[f"{name} {bitmap_name('nas', own(OLD, name))}"]["count"] == 0
     async with source(vm, tmp_path, NEW, OLD).snapshot() as snapshot:
         assert said(snapshot) == [INCREMENTAL, INCREMENTAL]
-        assert [export.low_water for export in snapshot.exports] == [low, low]
+        assert [served(disk).low_water for disk in snapshot.disks] == [low, low]
 
 
 async def test_a_resize_of_the_last_session_is_told_after_a_restart(qemu: Qemu, tmp_path: Path) -> None:
@@ -85,4 +85,4 @@ async def test_a_resize_of_the_last_session_is_told_after_a_restart(qemu: Qemu, 
         source(vm, tmp_path, NEW, OLD).snapshot() as snapshot,
     ):
         assert said(snapshot)[1] == INCREMENTAL
-        assert snapshot.exports[1].low_water == SIZE // 2 - GRANULARITY
+        assert served(snapshot.disks[1]).low_water == SIZE // 2 - GRANULARITY

@@ -12,7 +12,7 @@ from tests.harness.disk import MIB, Disk
 from tests.harness.qemu import Qemu, run_img
 from tests.harness.vm import Vm, running_vm
 from tests.vm.checkpoints import NEW, OLD, SIZE, committed, names, source
-from tests.vm.support import held, make_source
+from tests.vm.support import held, make_source, served
 
 
 def attached(name: str, path: Path, device: dict[str, object], **protocol: object) -> list[str]:
@@ -39,14 +39,14 @@ async def test_a_disk_that_others_may_write_to_is_never_incremental(
         for generation, base, status in ((OLD, None, "new"), (NEW, OLD, "invalid")):
             bases = {"vdb", "vdc", "vdd"} if base else set()
             async with source(vm, tmp_path, generation, base, also_based=bases).snapshot() as snapshot:
-                exports = {export.disk: export for export in snapshot.exports}
+                found = {disk.name: disk for disk in snapshot.disks}
                 assert snapshot.keep
                 await snapshot.keep()
-            assert exports["vda"].bitmap == ("reuse" if base else "new")
+            assert found["vda"].bitmap == ("reuse" if base else "new")
             for name in ("vdb", "vdc", "vdd"):
-                assert (exports[name].bitmap, exports[name].dirty_context) == (status, None)
-                assert "others may write to it" in exports[name].bitmap_reason
-                assert exports[name].generation
+                assert (found[name].bitmap, served(found[name]).dirty_context) == (status, None)
+                assert "others may write to it" in found[name].bitmap_reason
+                assert found[name].generation
             assert {name.split()[0] for name in await names(vm)} == {"vda"}, "a bitmap that is not complete is none"
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     for name, why in (("vdb", "share-rw=on"), ("vdc", "share-rw=on"), ("vdd", str(tmp_path / "vdd"))):
@@ -65,7 +65,7 @@ async def test_the_base_of_a_disk_that_others_may_write_to_now_is_gone(qemu: Qem
             device = {"driver": "scsi-hd", "id": "vda", "drive": "vda-node", "bus": "scsi0.0", "share-rw": shared}
             await vm.monitor.execute("device_add", device)
             async with source(vm, tmp_path, NEW, OLD).snapshot() as snapshot:
-                assert {export.disk: export.bitmap for export in snapshot.exports} == {"vda": "invalid", "vdb": "reuse"}
+                assert {disk.name: disk.bitmap for disk in snapshot.disks} == {"vda": "invalid", "vdb": "reuse"}
 
 
 async def test_one_image_behind_two_devices_is_refused_with_both_their_names(qemu: Qemu, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ async def test_one_image_behind_two_devices_is_refused_with_both_their_names(qem
                     pytest.fail("was not refused")
             assert "exclude=one:two" in refused.value.hint
         async with make_source(vm, tmp_path, exclude=["one", "two"]).snapshot() as snapshot:
-            assert [export.disk for export in snapshot.exports] == ["vda"]
+            assert [disk.name for disk in snapshot.disks] == ["vda"]
         assert await held(vm) == before
 
 
@@ -93,7 +93,7 @@ async def test_another_file_in_the_images_place_tells_nothing(paused_vm: Vm, tmp
     (tmp_path / "vda.raw").rename(tmp_path / "moved")
     (tmp_path / "vda.raw").write_bytes((tmp_path / "moved").read_bytes())
     async with source(paused_vm, tmp_path, OLD).snapshot() as snapshot:
-        assert {export.disk: export.bitmap_reason.partition(" of ")[0] for export in snapshot.exports} == {
+        assert {disk.name: disk.bitmap_reason.partition(" of ")[0] for disk in snapshot.disks} == {
             "vda": "no backup",
             "vdb": "no backup",
         }

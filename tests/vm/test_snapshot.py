@@ -17,7 +17,7 @@ from tests.harness.qemu import Qemu
 from tests.harness.qmp_proxy import running_proxy
 from tests.harness.sockets import listening
 from tests.harness.vm import Vm, running_vm
-from tests.vm.support import copied, guest_io, held, make_source, server_runs
+from tests.vm.support import copied, guest_io, held, make_source, served, server_runs
 
 
 async def test_the_export_shows_the_instant_while_the_guest_goes_on_writing(paused_vm: Vm, tmp_path: Path) -> None:
@@ -26,7 +26,7 @@ async def test_the_export_shows_the_instant_while_the_guest_goes_on_writing(paus
     async with make_source(paused_vm, tmp_path).snapshot() as snapshot:
         await guest_io(paused_vm, "vda", "write -P 0x99 0 16M")
         await guest_io(paused_vm, "vdb", "write -P 0x99 0 16M")
-        vda, vdb = [await copied(export, tmp_path / "copy") for export in snapshot.exports]
+        vda, vdb = [await copied(disk, tmp_path / "copy") for disk in snapshot.disks]
     assert vda == b"\x11" * MIB + bytes(15 * MIB)
     assert vdb == bytes(2 * MIB) + b"\x22" * MIB + bytes(13 * MIB)
 
@@ -46,7 +46,7 @@ async def test_the_socket_of_a_dead_mount_is_no_obstacle(paused_vm: Vm, tmp_path
         async with make_source(paused_vm, tmp_path).snapshot():
             pytest.fail("took a socket that somebody listens on")
     async with make_source(paused_vm, tmp_path).snapshot() as snapshot:
-        assert await copied(snapshot.exports[0], tmp_path / "copy") == bytes(16 * MIB)
+        assert await copied(snapshot.disks[0], tmp_path / "copy") == bytes(16 * MIB)
 
 
 async def test_what_the_guest_writes_during_the_snapshot_stays(paused_vm: Vm, tmp_path: Path) -> None:
@@ -88,8 +88,8 @@ async def test_what_the_guest_writes_before_its_filter_is_in_belongs_to_the_snap
     async with running_proxy(paused_vm.qmp, source.socket, write), source.snapshot() as snapshot:
         await guest_io(paused_vm, "vda", "write -P 0x77 0 1M")
         await guest_io(paused_vm, "vdb", "write -P 0x77 0 1M")
-        for export in snapshot.exports:
-            assert await copied(export, tmp_path / "copy") == b"\x66" * MIB + bytes(15 * MIB)
+        for disk in snapshot.disks:
+            assert await copied(disk, tmp_path / "copy") == b"\x66" * MIB + bytes(15 * MIB)
     assert written == ["qfsbackup-filter-0"]
 
 
@@ -98,7 +98,7 @@ async def test_a_trim_of_the_guest_passes_and_the_snapshot_keeps_the_data(paused
     async with make_source(paused_vm, tmp_path).snapshot() as snapshot:
         await guest_io(paused_vm, "vda", "discard 0 4M")
         assert allocated(tmp_path / "vda.raw") == 0
-        assert await copied(snapshot.exports[0], tmp_path / "copy") == b"\x88" * 4 * MIB + bytes(12 * MIB)
+        assert await copied(snapshot.disks[0], tmp_path / "copy") == b"\x88" * 4 * MIB + bytes(12 * MIB)
 
 
 @pytest.mark.parametrize("command", ["write -P 0x99", "write -z", "write -z -u", "discard"])
@@ -110,7 +110,7 @@ async def test_reading_cluster_by_cluster_gives_the_instant_whatever_the_guest_d
     async with make_source(paused_vm, tmp_path, disks=[name]).snapshot() as snapshot:
         for offset in range(0, 16 * 1024, 192):
             await guest_io(paused_vm, name, f"{command} {offset}k {4 if offset % 384 else 64}k")
-        assert await copied(snapshot.exports[0], tmp_path / "copy") == b"\x88" * 8 * MIB + bytes(8 * MIB)
+        assert await copied(snapshot.disks[0], tmp_path / "copy") == b"\x88" * 8 * MIB + bytes(8 * MIB)
 
 
 async def test_old_qemu_answers_a_request_across_an_overwritten_cluster_wrongly(paused_vm: Vm, tmp_path: Path) -> None:
@@ -118,10 +118,10 @@ async def test_old_qemu_answers_a_request_across_an_overwritten_cluster_wrongly(
     await guest_io(paused_vm, "vda", "write -P 0x88 0 1M")
     async with make_source(paused_vm, tmp_path).snapshot() as snapshot:
         await guest_io(paused_vm, "vda", "discard 0 64k")
-        command = ["qemu-io", "-f", "raw", "-c", "read -P 0x88 0 128k", snapshot.exports[0].uri]
+        command = ["qemu-io", "-f", "raw", "-c", "read -P 0x88 0 128k", served(snapshot.disks[0]).uri]
         answer = await trio.run_process(command, capture_stdout=True, check=False)
         wrong = b"Pattern verification failed" in answer.stdout
-        assert snapshot.exports[0].request_unit == (CLUSTER if wrong else None)
+        assert served(snapshot.disks[0]).request_unit == (CLUSTER if wrong else None)
 
 
 async def test_one_disk_needs_no_stop(paused_vm: Vm, tmp_path: Path) -> None:
@@ -148,9 +148,9 @@ async def test_a_disk_of_any_size(qemu: Qemu, tmp_path: Path, size: int) -> None
         before = await held(vm)
         source = make_source(vm, tmp_path)
         async with source.snapshot() as snapshot:
-            [export] = snapshot.exports
-            assert export.size == size
-            shown = await trio.run_process(["nbdinfo", "--size", export.uri], capture_stdout=True)
+            [disk] = snapshot.disks
+            assert disk.size == size
+            shown = await trio.run_process(["nbdinfo", "--size", served(disk).uri], capture_stdout=True)
             assert int(shown.stdout) == size
             if size:
                 await guest_io(vm, "vda", f"write -P 0x44 {size - 512} 512")
@@ -171,9 +171,9 @@ async def test_every_way_to_attach_a_disk(qemu: Qemu, tmp_path: Path, interface:
     async with running_vm(qemu, tmp_path, disks) as vm:
         before = await held(vm)
         async with make_source(vm, tmp_path).snapshot() as snapshot:
-            assert [export.disk for export in snapshot.exports] == ["disk-raw", "disk-qcow2"]
-            assert [export.details["format"] for export in snapshot.exports] == ["raw", "qcow2"]
-            assert await copied(snapshot.exports[0], tmp_path / "copy") == (tmp_path / "raw").read_bytes()
+            assert [disk.name for disk in snapshot.disks] == ["disk-raw", "disk-qcow2"]
+            assert [disk.details["format"] for disk in snapshot.disks] == ["raw", "qcow2"]
+            assert await copied(snapshot.disks[0], tmp_path / "copy") == (tmp_path / "raw").read_bytes()
         assert await held(vm) == before
 
 
@@ -182,10 +182,11 @@ async def test_a_named_cd_is_exported_even_when_it_is_ejected_meanwhile(qemu: Qe
     disks = [Disk("cd", tmp_path / "cd.iso", interface="virtio-scsi", read_only=True, cdrom=True)]
     async with running_vm(qemu, tmp_path, disks) as vm:
         async with make_source(vm, tmp_path, disks=["cd"]).snapshot() as snapshot:
-            [export] = snapshot.exports
-            assert not export.can_trim
+            [disk] = snapshot.disks
+            async with disk.open() as opened:
+                assert not opened.can_trim
             await vm.monitor.execute("eject", id="cd", force=True)
-            assert await copied(export, tmp_path / "copy") == (tmp_path / "cd.iso").read_bytes()
+            assert await copied(disk, tmp_path / "copy") == (tmp_path / "cd.iso").read_bytes()
         assert not await server_runs(vm)
 
 
@@ -205,7 +206,7 @@ async def test_a_disk_in_an_iothread_is_refused_where_qemu_would_abort(qemu: Qem
                         pytest.fail("was not refused")
             else:
                 async with source.snapshot() as snapshot:
-                    assert await copied(snapshot.exports[0], tmp_path / "copy") == bytes(MIB)
+                    assert await copied(snapshot.disks[0], tmp_path / "copy") == bytes(MIB)
         assert await held(vm) == before
 
 

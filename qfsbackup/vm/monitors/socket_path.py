@@ -23,12 +23,6 @@ HINTS = {
     errno.EPROTOTYPE: "It is a socket of another type; name the VM's QMP socket.",
     None: "A socket's path may have 107 bytes; use a shorter one, perhaps by a symbolic link.",
 }
-IMAGE_HINT = (
-    "A running VM's disks are read through its QEMU: name that VM's QMP socket. An image that no VM uses can be served"
-    " with qemu-nbd --read-only --persistent --socket=/run/disk.nbd, and mounted as nbd+unix:///?socket=/run/disk.nbd"
-)
-IMAGES = (".raw", ".img", ".qcow2", ".qcow", ".vmdk", ".vdi", ".vhdx", ".vhd", ".iso")
-QCOW2_MAGIC = b"QFI\xfb"
 SHOWN = 3  # sockets that are named of a folder
 
 
@@ -61,10 +55,6 @@ def _no_socket(path: Path) -> UserError | None:
         return None
     if stat.S_ISDIR(mode):
         return UserError(f"{path} is a folder, not a VM's QMP socket", _sockets_in(path))
-    if stat.S_ISBLK(mode):
-        return UserError(f"{path} is a block device, not a VM's QMP socket", IMAGE_HINT)
-    if stat.S_ISREG(mode) and _is_image(path):
-        return UserError(f"{path} is a disk image, not a VM's QMP socket", IMAGE_HINT)
     if not stat.S_ISSOCK(mode):
         return UserError(f"{path} is a file, not a VM's QMP socket", HINTS[errno.ENOENT])
     return None
@@ -75,11 +65,3 @@ def _sockets_in(folder: Path) -> str:
     with suppress(OSError):
         found = sorted(islice((str(path) for path in folder.iterdir() if path.is_socket()), SHOWN))
     return f"The sockets in it: {', '.join(found)}" if found else "Name the socket itself."
-
-
-def _is_image(path: Path) -> bool:
-    if path.suffix.lower() in IMAGES:
-        return True
-    with suppress(OSError), path.open("rb") as file:
-        return file.read(len(QCOW2_MAGIC)) == QCOW2_MAGIC
-    return False

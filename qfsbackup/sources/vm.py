@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""A running QEMU VM as a source, however it is reached: a kind says how QMP gets there, and whether the VM is on.
+
+The supervisor has one of these too: what needs trio is imported where it is used.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+from qfsbackup.contracts import Mounting, Snapshot
+from qfsbackup.errors import EXIT_USAGE, UserError
+from qfsbackup.options import Options
+from qfsbackup.vm.monitor import Monitor
+from qfsbackup.vm.thaw import thaw_unheard
+
+
+class VmSource(ABC):
+    """A VM; see contracts.Source. `vm` is what it is called where nobody has given it a name."""
+
+    def __init__(self, name: str, *, place: str, vm: str) -> None:
+        self.name = name
+        self.place = place
+        self.vm = vm
+
+    @abstractmethod
+    def connect(self, on_gone: Callable[[str], None]) -> AbstractAsyncContextManager[Monitor]:
+        """A session with its QEMU; `on_gone` is told why, should it be lost. Raises UserError."""
+
+    @abstractmethod
+    def is_there(self) -> bool:
+        """May QEMU be running. Asked by the supervisor, so nothing heavy may be needed."""
+
+    def agent(self, options: Options) -> Path | None:
+        """The guest agent's socket, if there is one."""
+        return options.agent
+
+    def check(self, options: Options) -> None:
+        """See contracts.Source."""
+        if options.bitmap:
+            hint = "A VM's bitmaps are kept for each target: -o target=NAME."
+            raise UserError("bitmap= is for an NBD URI", hint, EXIT_USAGE)
+        if options.trim_server_data:
+            hint = "A VM's snapshot is our own, and is trimmed without it."
+            raise UserError("trim-server-data is for an NBD URI", hint, EXIT_USAGE)
+
+    def snapshot(self, mounting: Mounting) -> AbstractAsyncContextManager[Snapshot]:
+        """See contracts.Source."""
+        from qfsbackup.sources.vm_snapshot import VmSnapshot
+
+        return VmSnapshot(self, mounting).taken()
+
+    async def clean_up(self, options: Options) -> list[str]:
+        """See contracts.Source."""
+        from qfsbackup.sources.vm_checkpoints import clean_up
+
+        return await clean_up(self, options)
+
+    async def checkpoints(self, options: Options) -> list[str]:
+        """See contracts.Source; bitmaps of ours that no store of ours names have a line, too."""
+        from qfsbackup.sources.vm_checkpoints import checkpoints
+
+        return await checkpoints(self, options)
+
+    async def forget(self, options: Options, target: str, *, others: bool) -> list[str]:
+        """See contracts.Source."""
+        from qfsbackup.sources.vm_checkpoints import forget
+
+        return await forget(self, options, target, others=others)
+
+    def thaw_unheard(self, agent: str) -> None:
+        """See contracts.Source; `agent` is its socket."""
+        thaw_unheard(Path(agent))
+
+    async def thaw(self, agent: str) -> bool:
+        """See contracts.Source."""
+        from qfsbackup.vm.agent import AgentError
+        from qfsbackup.vm.freeze import thaw_leftover
+
+        try:
+            return await thaw_leftover(Path(agent))
+        except AgentError as error:
+            raise UserError(str(error), "Name the guest's agent, or have it run guest-fsfreeze-thaw.") from error

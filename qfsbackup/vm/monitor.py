@@ -93,3 +93,11 @@ class Monitor(Protocol):
     def listen(self, event: str) -> AbstractAsyncContextManager[Events]:
         """While open, collect the events of this name."""
         ...
+
+    async def disk_names(self) -> Mapping[str, str]:
+        """Device's id -> what whoever manages the VM calls the disk; empty where nobody does. Raises QmpError."""
+        ...
+
+    async def config(self) -> Mapping[str, bytes]:
+        """What whoever manages the VM has written down of it: file name -> content, no secrets. Raises QmpError."""
+        ...

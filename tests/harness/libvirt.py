@@ -71,7 +71,7 @@ DOMAIN = """
   <os><type arch='x86_64' machine='pc'>hvm</type>{boot}</os><features><acpi/></features>
   <devices>
     <emulator>{emulator}</emulator>
-    {disks}
+    {disks}{devices}
     <controller type='usb' model='none'/><controller type='scsi' model='virtio-scsi'/><memballoon model='none'/>
     <serial type='file'><source path='{folder}/{name}.console'/></serial>
     <channel type='unix'>
@@ -124,9 +124,17 @@ class Libvirt:
 
     @contextlib.asynccontextmanager
     async def domain(
-        self, qemu: Qemu, folder: Path, disks: Sequence[Disk], *, guest: bool = False, name: str = "dom"
+        self,
+        qemu: Qemu,
+        folder: Path,
+        disks: Sequence[Disk],
+        *,
+        guest: bool = False,
+        name: str = "dom",
+        devices: str = "",
     ) -> AsyncIterator["Domain"]:
-        """Define a domain and start it: with `guest` it has booted, else it is paused from its start on."""
+        """Define a domain and start it: with `guest` it has booted, else it is paused from its start on. `devices` is
+        more XML."""
         for disk in disks:
             await disk.create(qemu)
         xml = DOMAIN.format(
@@ -137,6 +145,7 @@ class Libvirt:
             emulator=qemu.system,
             folder=folder,
             disks="\n    ".join(map(_disk, disks)),
+            devices=devices,
         )
         (folder / f"{name}.xml").write_text(xml)
         await self.virsh("define", folder / f"{name}.xml")

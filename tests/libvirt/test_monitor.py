@@ -4,13 +4,17 @@
 import os
 import signal
 import tempfile
+from pathlib import Path
 
 import pytest
 import trio
 
 from qfsbackup.errors import UserError
+from qfsbackup.vm.look.graph import look
 from qfsbackup.vm.monitor import QmpGoneError, QmpRefusedError, QmpTimeoutError
+from tests.harness.disk import MIB
 from tests.harness.libvirt import Domain, Libvirt
+from tests.libvirt.conftest import distribution
 
 pytest.importorskip("libvirt")
 from qfsbackup.vm.monitors.libvirt import connect
@@ -149,3 +153,23 @@ async def test_a_qemu_that_hangs_is_refused_soon(paused: Domain) -> None:
         assert "does not answer" in (await refusal(paused.host, paused.name)).what
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+async def test_disks_are_called_by_their_targets(paused: Domain, tmp_path: Path) -> None:
+    async with connect(paused.host.uri, paused.name, ignore) as monitor:
+        assert sorted(disk.name for disk in (await look(monitor)).disks) == ["sda", "vda", "vdb"]
+        (tmp_path / "more.raw").write_bytes(bytes(MIB))
+        await paused.virsh("attach-disk", tmp_path / "more.raw", "sdc", "--targetbus", "scsi")
+        assert sorted(disk.name for disk in (await look(monitor)).disks) == ["sda", "sdc", "vda", "vdb"]
+
+
+async def test_the_xml_is_kept_without_secrets(host: Libvirt, tmp_path: Path) -> None:
+    more = "<graphics type='vnc' passwd='s3cret'/>"
+    async with host.domain(distribution(), tmp_path, [], devices=more) as domain:
+        async with connect(host.uri, domain.name, ignore) as monitor:
+            config = await monitor.config()
+        assert "s3cret" in await domain.virsh("dumpxml", "--security-info")
+    assert set(config) == {"domain.xml", "domain-live.xml"}
+    assert not any(b"s3cret" in content for content in config.values())
+    assert b"<alias" in config["domain-live.xml"]
+    assert b"<alias" not in config["domain.xml"]

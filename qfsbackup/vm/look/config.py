@@ -42,7 +42,7 @@ async def config_files(qmp: Monitor) -> Mapping[str, bytes]:
     command = await _command_line(qmp.peer_pid)
     if command:
         facts["command-line"] = command
-    return {"qemu.json": json.dumps(facts, indent=2, sort_keys=True).encode() + b"\n"}
+    return {"qemu.json": json.dumps(facts, indent=2, sort_keys=True).encode() + b"\n", **await qmp.config()}
 
 
 async def _machine_type(qmp: Monitor) -> object:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qfsbackup.errors import UserError
-from qfsbackup.vm.look.names import Place, disk_names, qom_path
+from qfsbackup.vm.look.names import Place, disk_names, qdev_id, qom_path
 from qfsbackup.vm.monitor import Monitor, QmpRefusedError
 from qfsbackup.vm.quirks import Version
 
@@ -183,7 +183,11 @@ async def _look_at_devices(qmp: Monitor) -> tuple[Mapping[str, Node], list[Mappi
 
 
 async def _disks(qmp: Monitor, nodes: Mapping[str, Node], blocks: Sequence[Mapping[str, Any]]) -> tuple[Device, ...]:
-    places = [Place(block["qdev"], block["device"], root_name(block)) for block in blocks]
+    given = await qmp.disk_names()
+    places = [
+        Place(block["qdev"], block["device"], root_name(block), given.get(qdev_id(block["qdev"]), ""))
+        for block in blocks
+    ]
     return tuple(
         [
             await _disk(qmp, name, block, nodes_under(nodes, place.node))

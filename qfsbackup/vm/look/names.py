@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a disk is called: the same after a restart of the VM, and unlike every other disk's name.
 
-In order of preference: the qdev id, the block device name, the node name that a person gave, the place in the machine.
+In order of preference: the name that whoever manages the VM has for it, the qdev id, the block device name, the node
+name that a person gave, the place in the machine.
 Names that QEMU generates (`#block123`) are never used.
 """
 
@@ -24,6 +25,13 @@ class Place:
     qdev: str  # QOM path of the device, or its id
     device: str  # name of the block device (`-drive id=`), empty where it has none
     node: str  # name of the root node, empty where there is no medium
+    given: str = ""  # what whoever manages the VM calls it
+
+
+def qdev_id(qdev: str) -> str:
+    """What a person, or a manager, called the device; empty where nobody did."""
+    path = qom_path(qdev)
+    return path.removeprefix(PERIPHERAL).split("/")[0] if path.startswith(PERIPHERAL) else ""
 
 
 def qom_path(qdev: str) -> str:
@@ -56,9 +64,7 @@ def shifts(name: str) -> bool:
 
 
 def _candidates(place: Place) -> tuple[str, str, str]:
-    path = qom_path(place.qdev)
-    qdev_id = path.removeprefix(PERIPHERAL).split("/")[0] if path.startswith(PERIPHERAL) else ""
-    return qdev_id, place.device, "" if place.node.startswith("#") else place.node
+    return place.given or qdev_id(place.qdev), place.device, "" if place.node.startswith("#") else place.node
 
 
 def _position(place: Place) -> str:

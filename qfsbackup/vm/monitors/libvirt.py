@@ -11,10 +11,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -23,9 +23,11 @@ from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.tasks import background
 from qfsbackup.vm.monitor import COMMAND_TIMEOUT, QmpError, QmpGoneError, QmpRefusedError, QmpTimeoutError
 from qfsbackup.vm.monitors.libvirt_domain import Domain, Ears, LibvirtError, OffError, open_domain
+from qfsbackup.vm.monitors.libvirt_xml import targets
 from qfsbackup.vm.monitors.qemu_process import process_of
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CONNECT_TIMEOUT = 10.0  # seconds
 FIRST_TIMEOUT = 5.0  # seconds for the first answer of QEMU's main loop
@@ -83,6 +85,26 @@ class LibvirtMonitor:
         """See Monitor."""
         return await self._execute(command, arguments, fd, timeout)
 
+    async def disk_names(self) -> Mapping[str, str]:
+        """See Monitor: the targets, such as vda, by which every user of libvirt knows the disks."""
+        return targets(await self._xml(inactive=False))
+
+    async def config(self) -> Mapping[str, bytes]:
+        """See Monitor."""
+        live, inactive = await self._xml(inactive=False), await self._xml(inactive=True)
+        return {"domain.xml": inactive.encode(), "domain-live.xml": live.encode()}
+
+    async def _xml(self, *, inactive: bool) -> str:
+        """libvirtd has it, also while QEMU hangs."""
+
+        async def ask(domain: Domain) -> str:
+            return await in_time(partial(domain.xml, inactive=inactive), CONNECT_TIMEOUT)
+
+        try:
+            return await self._ask("XML", ask, again=True)
+        except NoAnswerError as error:
+            raise QmpGoneError("XML", f"libvirt: {error}") from error
+
     @asynccontextmanager
     async def listen(self, event: str) -> AsyncIterator[Events]:
         """See Monitor."""
@@ -96,9 +118,10 @@ class LibvirtMonitor:
     async def _execute(self, command: str, arguments: Mapping[str, object], fd: int | None, timeout: float) -> Any:
         message = json.dumps({"execute": command, "arguments": arguments})
         log.debug("QMP: %s", message)
+        send = partial(self._send, message=message, fd=fd)
         try:
             with trio.fail_after(HUNG_TIMEOUT if self.hung else timeout):
-                answer = await self._ask(command, message, fd)
+                answer = await self._ask(command, send, again=command.startswith(HARMLESS))
         except trio.TooSlowError:
             self.hung = True
             raise QmpTimeoutError(command, timeout) from None
@@ -108,18 +131,20 @@ class LibvirtMonitor:
             raise QmpRefusedError(command, answer["error"]["class"], answer["error"]["desc"])
         return answer["return"]
 
-    async def _ask(self, command: str, message: str, fd: int | None) -> Mapping[str, Any]:
+    async def _ask(self, command: str, ask: Callable[[Domain], Awaitable[T]], *, again: bool) -> T:
+        """`again`: as often as libvirtd goes away meanwhile. Raises QmpGoneError."""
         while True:
             domain = await self._connected(command)
             try:
-                return await self._send(domain, message, fd)
+                return await ask(domain)
             except OffError as error:
                 self._end(str(error))
                 raise QmpGoneError(command, str(self.gone)) from error
             except LibvirtError as error:
-                if not (error.lost and command.startswith(HARMLESS)):
+                if error.lost:
+                    self._lost(domain)
+                if not (error.lost and again):
                     raise QmpGoneError(command, f"libvirt: {error}") from error
-                self._lost(domain)
 
     async def _send(self, domain: Domain, message: str, fd: int | None) -> Mapping[str, Any]:
         unsent = [[] if fd is None else [os.dup(fd)]]  # whoever takes these closes them: cancelled, we are gone first

@@ -109,6 +109,14 @@ class QmpSocket:
                 raise QmpGoneError(command, self.gone or str(error)) from error
             return await self.execute(command, arguments, timeout=timeout)
 
+    async def disk_names(self) -> Mapping[str, str]:
+        """None: nobody manages this VM."""
+        return {}
+
+    async def config(self) -> Mapping[str, bytes]:
+        """None: see disk_names."""
+        return {}
+
     @asynccontextmanager
     async def listen(self, event: str) -> AsyncIterator[Events]:
         """While open, collect the events of this name."""

@@ -18,6 +18,7 @@ from pathlib import Path
 import pyfuse3
 import trio
 
+from qfsbackup.at_work import held_by
 from qfsbackup.errors import EXIT_SYSTEM, UserError
 from qfsbackup.facts import Sockets
 from qfsbackup.fs.tree import Tree
@@ -25,7 +26,6 @@ from qfsbackup.fuse import _ops
 from qfsbackup.fuse.operations import Operations, Permissions
 from qfsbackup.mounts import MOUNTINFO, detach_dead, find_mount, our_mounts
 from qfsbackup.patience import NoAnswerError, in_time
-from qfsbackup.vm.holder import held_by
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from qfsbackup.at_work import held_by
 from qfsbackup.errors import UserError
 from qfsbackup.vm.agent import AgentError
 from qfsbackup.vm.fleecing import empty_fdsets, remove_fdsets
 from qfsbackup.vm.fleecing_folder import answers, files_of
 from qfsbackup.vm.freeze import thaw_leftover
-from qfsbackup.vm.holder import held_by
 from qfsbackup.vm.left import left
 from qfsbackup.vm.look.graph import look_at_graph
 from qfsbackup.vm.monitor import Monitor

@@ -107,7 +107,7 @@ async def fleecing_file(qmp: Monitor, folder: FleecingFolder, node_name: str, si
     async with AsyncExitStack() as stack:
         file = await folder.ask(partial(FleecingFile, folder.path, size))
         stack.push_async_callback(folder.let_go, file.close)
-        async with _fdset(qmp, file.descriptor) as number:
+        async with qmp.one_connection(), _fdset(qmp, file.descriptor) as number:
             options = {"driver": "file", "filename": f"/dev/fdset/{number}", "discard": "unmap"}
             await stack.enter_async_context(node(qmp, {**options, "node-name": node_name}))
         yield file

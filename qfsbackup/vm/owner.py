@@ -64,20 +64,25 @@ async def owned(qmp: Monitor) -> AsyncIterator[None]:
 async def _line(qmp: Monitor) -> AsyncIterator[None]:
     ours, theirs = socket.socketpair()
     with ours:
-        with theirs:
-            await qmp.execute_with_fd("getfd", {"fdname": LINE}, theirs.fileno())
-        data = {"addr": {"type": "fd", "data": {"str": LINE}}, "server": False}
-        try:
-            await qmp.execute("chardev-add", {"id": LINE, "backend": {"type": "socket", "data": data}})
-        except QmpRefusedError:
-            raise  # it is there, and somebody else's
-        except BaseException:
-            await remove_line(qmp)  # the answer is lost
-            raise
+        async with qmp.one_connection():
+            with theirs:
+                await qmp.execute_with_fd("getfd", {"fdname": LINE}, theirs.fileno())
+            await _add_line(qmp)
         try:
             yield
         finally:
             await remove_line(qmp)
+
+
+async def _add_line(qmp: Monitor) -> None:
+    data = {"addr": {"type": "fd", "data": {"str": LINE}}, "server": False}
+    try:
+        await qmp.execute("chardev-add", {"id": LINE, "backend": {"type": "socket", "data": data}})
+    except QmpRefusedError:
+        raise  # it is there, and somebody else's
+    except BaseException:
+        await remove_line(qmp)  # the answer is lost
+        raise
 
 
 async def remove_line(qmp: Monitor) -> None:

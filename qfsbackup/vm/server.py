@@ -30,10 +30,19 @@ async def nbd_server(qmp: Monitor, listener: socket.socket, exports: int) -> Asy
 
     Raises UserError where QEMU runs one already, QmpError.
     """
-    await qmp.execute_with_fd("getfd", {"fdname": SOCKET}, listener.fileno())
+    async with qmp.one_connection():
+        await qmp.execute_with_fd("getfd", {"fdname": SOCKET}, listener.fileno())
+        await _start(qmp, max(CONNECTIONS, exports) + SPARE)
+    listener.close()  # or connecting would still succeed, and then hang, once QEMU is gone
+    try:
+        yield
+    finally:
+        await stop_server(qmp)
+
+
+async def _start(qmp: Monitor, most: int) -> None:
     try:
         address = {"type": "fd", "data": {"str": SOCKET}}
-        most = max(CONNECTIONS, exports) + SPARE
         await qmp.execute("nbd-server-start", {"addr": address, "max-connections": most})
     except QmpRefusedError as error:
         await _forget_socket(qmp)
@@ -44,11 +53,6 @@ async def nbd_server(qmp: Monitor, listener: socket.socket, exports: int) -> Asy
     except BaseException:
         await stop_server(qmp)  # the answer is lost, so it may be running
         raise
-    listener.close()  # or connecting would still succeed, and then hang, once QEMU is gone
-    try:
-        yield
-    finally:
-        await stop_server(qmp)
 
 
 async def stop_server(qmp: Monitor) -> None:

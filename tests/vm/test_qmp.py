@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""The QMP connection: what can be wrong with a socket, and what happens to commands when QEMU does."""
+"""The QMP socket: what can be wrong with it, and what is not for every monitor (see tests/contracts)."""
 
-import os
-import signal
 import socket
 from pathlib import Path
 
@@ -10,8 +8,6 @@ import pytest
 import trio
 
 from qfsbackup.errors import UserError
-from qfsbackup.vm.monitor import COMMAND_TIMEOUT, QmpGoneError, QmpRefusedError, QmpTimeoutError
-from qfsbackup.vm.monitors import qmp_socket as qmp_module
 from qfsbackup.vm.monitors.qmp_socket import connect
 from tests.harness.disk import MIB, Disk
 from tests.harness.nbd_server import qemu_nbd
@@ -111,89 +107,11 @@ async def test_an_agents_socket_is_silent(qemu: Qemu, tmp_path: Path) -> None:
         assert "guest agent" in (await refusal(vm.agent)).what
 
 
-async def test_a_refused_command_says_what_qemu_says(paused_vm: Vm) -> None:
-    async with connect(paused_vm.qmp, ignore) as qmp:
-        with pytest.raises(QmpRefusedError) as caught:
-            await qmp.execute("no-such-command")
-        assert caught.value.error_class == "CommandNotFound"
-
-
-async def test_the_peer_is_qemu(paused_vm: Vm) -> None:
-    async with connect(paused_vm.qmp, ignore) as qmp:
-        assert qmp.peer_pid == paused_vm.pid
-
-
-async def test_descriptors_reach_their_own_command(paused_vm: Vm, tmp_path: Path) -> None:
-    async with connect(paused_vm.qmp, ignore) as qmp, trio.open_nursery() as nursery:
-        for number in range(8):
-            file = tmp_path / str(number)
-            file.write_text("")
-            descriptor = os.open(file, os.O_RDONLY)
-            arguments = {"opaque": str(number), "fdset-id": number}
-            nursery.start_soon(qmp.execute_with_fd, "add-fd", arguments, descriptor)
-    for fdset in await paused_vm.monitor.execute("query-fdsets"):
-        [entry] = fdset["fds"]
-        opened = await trio.Path(f"/proc/{paused_vm.pid}/fd/{entry['fd']}").readlink()
-        assert opened.name == entry["opaque"] == str(fdset["fdset-id"])
-
-
-async def test_events_can_be_waited_for(paused_vm: Vm) -> None:
-    async with connect(paused_vm.qmp, ignore) as qmp, qmp.listen("RESUME") as resumed:
-        await paused_vm.monitor.execute("cont")
-        with trio.fail_after(5):
-            assert await resumed() == {}
-
-
-async def test_the_end_of_qemu_is_told_at_once(paused_vm: Vm) -> None:
-    told = trio.Event()
-    reasons = []
-
-    def gone(reason: str) -> None:
-        reasons.append(reason)
-        told.set()
-
-    async with connect(paused_vm.qmp, gone) as qmp:
-        paused_vm.process.kill()
-        with trio.fail_after(1):
-            await told.wait()
-        with pytest.raises(QmpGoneError):
-            await qmp.execute("query-status")
-        with pytest.raises(QmpGoneError):
-            await qmp.execute_with_fd("add-fd", {}, 0)
-    assert reasons == ["QEMU ended, or it closed the QMP connection"]
-
-
 async def test_our_own_end_is_not_told_as_a_loss(paused_vm: Vm) -> None:
     reasons: list[str] = []
     async with connect(paused_vm.qmp, reasons.append) as qmp:
         await qmp.execute("query-status")
     assert reasons == []
-
-
-async def test_a_hanging_qemu_delays_nobody_for_long(paused_vm: Vm) -> None:
-    async with connect(paused_vm.qmp, ignore) as qmp:
-        paused_vm.process.send(signal.SIGSTOP)
-        with pytest.raises(QmpTimeoutError):
-            await qmp.execute("query-status", timeout=0.5)
-        start = trio.current_time()
-        for _ in range(3):
-            with pytest.raises(QmpTimeoutError):
-                await qmp.execute("query-name")
-        assert trio.current_time() - start < COMMAND_TIMEOUT
-        paused_vm.process.send(signal.SIGCONT)
-        with trio.fail_after(10):
-            await wait_for_answer(qmp)
-        assert (await qmp.execute("query-status"))["status"] == "prelaunch"
-
-
-async def wait_for_answer(qmp: qmp_module.QmpSocket) -> None:
-    """Ask until QEMU answers again."""
-    while True:
-        try:
-            await qmp.execute("query-name")
-        except QmpTimeoutError:
-            continue
-        return
 
 
 async def test_every_name_of_a_vm_with_many_disks_arrives(qemu: Qemu, tmp_path: Path) -> None:

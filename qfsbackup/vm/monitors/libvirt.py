@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ import trio
 from qfsbackup.errors import UserError
 from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.tasks import background
-from qfsbackup.vm.monitor import COMMAND_TIMEOUT, QmpError, QmpGoneError, QmpRefusedError, QmpTimeoutError
+from qfsbackup.vm.monitor import COMMAND_TIMEOUT, HUNG_TIMEOUT, QmpError, QmpGoneError, QmpRefusedError, QmpTimeoutError
 from qfsbackup.vm.monitors.libvirt_domain import Domain, Ears, LibvirtError, OffError, open_domain
 from qfsbackup.vm.monitors.libvirt_xml import targets
 from qfsbackup.vm.monitors.qemu_process import process_of
@@ -32,7 +32,6 @@ T = TypeVar("T")
 CONNECT_TIMEOUT = 10.0  # seconds
 FIRST_TIMEOUT = 5.0  # seconds for the first answer of QEMU's main loop
 AGAIN = 0.2  # seconds between two tries to find libvirtd again
-HUNG_TIMEOUT = 0.2  # seconds for the next commands after one that was not answered
 CLOSE_TIMEOUT = 2.0  # seconds; nothing depends on a polite end
 HINT = "Does libvirtd (or virtqemud) run, and may you use it? `virsh list --all` shows what it knows."
 HARMLESS = ("query-", "qom-get", "qom-list")  # what these begin is asked again
@@ -105,12 +104,19 @@ class LibvirtMonitor:
         except NoAnswerError as error:
             raise QmpGoneError("XML", f"libvirt: {error}") from error
 
+    def one_connection(self) -> AbstractAsyncContextManager[None]:
+        """libvirtd keeps it for as long as it lives; a descriptor that goes with it is refused to who would take it."""
+        return nullcontext()
+
     @asynccontextmanager
     async def listen(self, event: str) -> AsyncIterator[Events]:
         """See Monitor."""
         events = Events()
         self._listening.append((event, events))
         try:
+            await self.execute("query-name")  # what happened before this is told before its answer ...
+            while events.any():
+                await events()  # ... and is not meant
             yield events
         finally:
             self._listening.remove((event, events))

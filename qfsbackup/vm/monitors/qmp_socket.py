@@ -14,7 +14,7 @@ import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,8 +24,8 @@ from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteE
 
 from qfsbackup.errors import UserError
 from qfsbackup.patience import NoAnswerError, in_time
-from qfsbackup.vm.holder import SECOND_SOCKET, held
-from qfsbackup.vm.monitor import COMMAND_TIMEOUT, QmpGoneError, QmpRefusedError, QmpTimeoutError
+from qfsbackup.vm.monitor import COMMAND_TIMEOUT, HUNG_TIMEOUT, QmpGoneError, QmpRefusedError, QmpTimeoutError
+from qfsbackup.vm.monitors.holder import SECOND_SOCKET, held
 from qfsbackup.vm.monitors.socket_path import open_socket
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ LOOK_TIMEOUT = 10.0  # seconds for the file system of a socket, and for /proc
 
 HELD_TIMEOUT = 0.5  # seconds without a greeting, after which we look whether somebody else holds the socket
 GREETING_TIMEOUT = 5.0  # seconds; QEMU greets as soon as its main loop turns
-HUNG_TIMEOUT = 0.2  # seconds for the next commands after one that was not answered: they are sent, for what it is worth
 DISCONNECT_TIMEOUT = 2.0  # seconds; nothing depends on a polite end
 
 
@@ -116,6 +115,10 @@ class QmpSocket:
     async def config(self) -> Mapping[str, bytes]:
         """None: see disk_names."""
         return {}
+
+    def one_connection(self) -> AbstractAsyncContextManager[None]:
+        """The session is one."""
+        return nullcontext()
 
     @asynccontextmanager
     async def listen(self, event: str) -> AsyncIterator[Events]:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from qfsbackup.errors import UserError
-from qfsbackup.vm.holder import SECOND_SOCKET, held
+from qfsbackup.vm.monitors.holder import SECOND_SOCKET, held
 
 HINTS = {
     errno.ENOENT: "Is the VM running, and was it started with -qmp unix:PATH,server=on,wait=off?",

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from qfsbackup.at_work import held_by, our_command
 from qfsbackup.errors import UserError
-from qfsbackup.mounts import Mount, mounts_seen_by
 
 SECOND_SOCKET = (
     "Give the VM one more QMP socket for backups (-qmp unix:/run/vm/NAME.qmp,server=on,wait=off):"
@@ -33,61 +33,13 @@ Attributes = dict[int, bytes]
 def held(path: str) -> UserError | None:
     """Why the server of this unix socket has no time: who is its client now. None where nobody can be found."""
     with suppress(OSError):
-        for pid in _processes(_clients(path)):
-            if pid != os.getpid():
-                return held_by(pid, path)
+        pid = next((pid for pid in _processes(_clients(path)) if pid != os.getpid()), None)
+        if pid is not None and our_command(pid):
+            return held_by(pid, path)
+        if pid is not None:
+            program = Path(f"/proc/{pid}/comm").read_text().rstrip()
+            return UserError(f"{program} (process {pid}) holds the QMP socket {path}", SECOND_SOCKET)
     return None
-
-
-def held_by(pid: int, name: str) -> UserError:
-    """What to say where this process has the VM: a mount, a run, another command of ours, or a program of others."""
-    words = _command_line(pid)
-    command = _our_command(words)
-    if command is None:
-        program = Path(words[0]).name if words else "a program"
-        return UserError(f"{program} (process {pid}) holds the QMP socket {name}", SECOND_SOCKET)
-    if command == "run":
-        return UserError(
-            f"{name} is being backed up: `qfsbackup run` is at work (process {pid})",
-            "Wait for its end; `qfsbackup status` shows how far it is.",
-        )
-    mount = _served(pid, words)
-    if mount is None:
-        return UserError(f"`qfsbackup {command}` (process {pid}) is at work on {name}", "Wait for its end.")
-    if mount.process is not None:
-        return UserError(
-            f"{name} is already mounted at {mount.mountpoint} by process {pid}, in another mount namespace",
-            f"Unmount it there first: nsenter --target {pid} --mount umount {mount.mountpoint}",
-        )
-    return UserError(
-        f"{name} is already mounted at {mount.mountpoint} by process {pid}",
-        f"Unmount it first: qfsbackup umount {mount.mountpoint}",
-    )
-
-
-def _served(pid: int, words: list[str]) -> Mount | None:
-    """The mount that this process was called to make; asked of the kernel only, for it may be a mount that hangs."""
-    with suppress(OSError):
-        folder = os.readlink(f"/proc/{pid}/cwd")  # noqa: PTH115  # a path only inside of that process's root
-        paths = {os.path.normpath(os.path.join(folder, word)) for word in words}  # noqa: PTH118  # nothing is looked at
-        return next((mount for mount in mounts_seen_by(pid) if os.path.normpath(mount.source) in paths), None)
-    return None
-
-
-def _our_command(words: list[str]) -> str | None:
-    """`mount` of `python /usr/local/bin/qfsbackup mount ...`; None of any other program's words."""
-    for place, word in enumerate(words[:3]):
-        if Path(word).name == "mount.qfsbackup":
-            return "mount"
-        if Path(word).name == "qfsbackup":
-            return next((word for word in words[place + 1 :] if not word.startswith("-")), "mount")
-    return None
-
-
-def _command_line(pid: int) -> list[str]:
-    with suppress(OSError):
-        return [os.fsdecode(word) for word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") if word]
-    return []
 
 
 def _clients(path: str) -> set[int]:

@@ -14,8 +14,8 @@ from qfsbackup.contracts import Source
 from qfsbackup.errors import EXIT_USAGE, UserError
 from qfsbackup.sources.guess import refuse_what_is_no_path
 
-QEMU, URI, IMAGE = (f"{__name__}.{module}" for module in ("qemu", "uri", "image"))
-TABLE = {"nbd": URI, "nbd+unix": URI, "nbds": URI, "nbds+unix": URI}
+QEMU, URI, IMAGE, LIBVIRT = (f"{__name__}.{module}" for module in ("qemu", "uri", "image", "libvirt"))
+TABLE = {"nbd": URI, "nbd+unix": URI, "nbds": URI, "nbds+unix": URI, "libvirt": LIBVIRT}
 
 
 def find(text: str) -> Source:
@@ -23,7 +23,9 @@ def find(text: str) -> Source:
     scheme, colon, _ = text.partition(":")
     if colon and scheme in TABLE:
         return _made(TABLE[scheme], text)
-    known = f"A source is the path of a VM's QMP socket, or an NBD URI. The schemes are: {', '.join(TABLE)}."
+    known = (
+        f"A source is the path of a VM's QMP socket, libvirt:NAME, or an NBD URI. The schemes are: {', '.join(TABLE)}."
+    )
     text = text.removeprefix("qmp:")
     if not text:
         raise UserError("SOURCE is empty", known, EXIT_USAGE)

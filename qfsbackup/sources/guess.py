@@ -9,7 +9,7 @@ from qfsbackup.errors import EXIT_USAGE, UserError
 from qfsbackup.sources.image import SERVE_IT
 
 MANAGED = "Give that VM a QMP socket for backups (README.md, Back up your first VM), and name the socket's path."
-THOUGHT_OF = {"libvirt": MANAGED, "qemu": MANAGED, "pve": MANAGED, "image": SERVE_IT}
+THOUGHT_OF = {"qemu": MANAGED, "pve": MANAGED, "image": SERVE_IT}
 
 
 def refuse_what_is_no_path(text: str, known: str) -> None:

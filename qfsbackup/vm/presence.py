@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -24,3 +25,19 @@ def listens(path: str | os.PathLike[str]) -> bool:
 def is_off(path: str | os.PathLike[str]) -> bool:
     """Is this a VM that does not run: no file, or a socket that QEMU has left?"""
     return not Path(path).exists() or (Path(path).is_socket() and not listens(path))
+
+
+def domain_processes(name: str) -> list[int]:
+    """The processes that libvirt called as the QEMU of a domain of this name."""
+    guest = b"\0-name\0guest=" + os.fsencode(name.replace(",", ",,"))
+    return processes_with(guest + b",", guest + b"\0")
+
+
+def processes_with(*arguments: bytes) -> list[int]:
+    """The processes that have one of these in their command line, whose arguments end with a zero."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (entry / "cmdline").read_bytes()
+            found += [int(entry.name)] if any(argument in words for argument in arguments) else []
+    return found

@@ -83,6 +83,7 @@ DOMAIN = """
 """
 GUEST = CACHE / "guest"
 BOOT = f"<kernel>{GUEST}/vmlinuz</kernel><initrd>{GUEST}/initrd.img</initrd><cmdline>{KERNEL_ARGUMENTS}</cmdline>"
+DEVICES = {"vda": "virtio-disk0/virtio-backend", "vdb": "virtio-disk1/virtio-backend", "sda": "scsi0-0-0-0"}
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class Domain:
     @property
     def source(self) -> str:
         """What qfsbackup calls it."""
-        return f"libvirt:{self.name}"
+        return f"libvirt:{self.host.uri}/{self.name}"
 
     @property
     def shell(self) -> Shell:
@@ -195,6 +196,30 @@ class Domain:
     async def virsh(self, verb: str, *words: str | Path) -> str:
         """What `virsh VERB NAME WORDS` prints. Raises AssertionError where it fails."""
         return await self.host.virsh(verb, self.name, *words)
+
+    async def io(self, disk: str, command: str) -> None:
+        """Let a disk do what its guest would: `io("vda", "write -P 1 0 64k")`; also in a paused domain."""
+        device = {"vda": "virtio-disk0/virtio-backend", "vdb": "virtio-disk1/virtio-backend", "sda": "scsi0-0-0-0"}[
+            disk
+        ]
+        line = f'qemu-io -d /machine/peripheral/{device} "{command}"'
+        said = await self.qmp("human-monitor-command", {"command-line": line})
+        assert "rror" not in said, said
+
+    async def view(self) -> dict[str, Any]:
+        """All that QEMU and libvirt say of the domain's disks, to be compared before and after."""
+        nodes = await self.qmp("query-named-block-nodes", {"flat": True})
+        devices = await self.qmp("query-block")
+        return {
+            "xml": await self.virsh("dumpxml"),
+            "inactive": await self.virsh("dumpxml", "--inactive"),
+            "disks": await self.virsh("domblklist"),
+            "state": await self.virsh("domstate", "--reason"),
+            "nodes": sorted((node["node-name"], node["drv"], str(node.get("dirty-bitmaps"))) for node in nodes),
+            "devices": [(one["qdev"], one.get("inserted", {}).get("node-name")) for one in devices],
+            "exports": await self.qmp("query-block-exports"),
+            "jobs": await self.qmp("query-jobs"),
+        }
 
     async def qmp(self, name: str, arguments: dict[str, Any] | None = None, /) -> Any:
         """What QEMU answers. Raises AssertionError where it refuses."""

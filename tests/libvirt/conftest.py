@@ -10,6 +10,8 @@ from tests.harness.disk import MIB, Disk
 from tests.harness.libvirt import MISSING, Domain, Libvirt, libvirt
 from tests.harness.qemu import Qemu, available
 
+NAMES = ("vda", "sda", "vdb")
+
 
 def disks(folder: Path, size: int = 16 * MIB) -> list[Disk]:
     """A qcow2 image on virtio, a raw one on SCSI, and one in an iothread where this QEMU survives that."""

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import Path
 
 from qfsbackup.patience import NoAnswerError, in_time
+from qfsbackup.vm.presence import processes_with
 
 PROC_TIMEOUT = 5.0  # seconds; reading a command line may wait for the process's memory (proc(5))
 
@@ -14,17 +14,6 @@ PROC_TIMEOUT = 5.0  # seconds; reading a command line may wait for the process's
 async def process_of(uuid: str) -> int:
     """The process id of the QEMU with this uuid, 0 where none, or more than one, is to be seen."""
     with suppress(NoAnswerError):
-        found = await in_time(lambda: processes_with(b"-uuid", uuid.encode()), PROC_TIMEOUT)
+        found = await in_time(lambda: processes_with(b"\0-uuid\0" + uuid.encode() + b"\0"), PROC_TIMEOUT)
         return found[0] if len(found) == 1 else 0
     return 0
-
-
-def processes_with(*words: bytes) -> list[int]:
-    """The processes that were called with these words, one after the other."""
-    wanted = b"\0" + b"\0".join(words) + b"\0"
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if wanted in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-    return found

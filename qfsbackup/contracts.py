@@ -18,6 +18,8 @@ from qfsbackup.options import Options
 from qfsbackup.ranges import RangeSet
 from qfsbackup.status import Status
 
+FROZEN_NOTE = "frozen"
+
 Buffer = bytes | bytearray | memoryview
 
 Answer = Callable[[Buffer | FsError], None]
@@ -129,6 +131,11 @@ class Mounting:
     sockets: Sockets = field(default_factory=dict)  # what the mount shall also wait for
     checkpoint: CheckpointRequest | None = None  # the target whose next generation this is
     committed: Callable[[str], Awaitable[Collection[str]]] | None = None  # VM's name -> generations that a store names
+
+    @property
+    def frozen_note(self) -> Path:
+        """A file that names the guest's agent for as long as its guest may be frozen by us."""
+        return self.runtime / FROZEN_NOTE
 
 
 class Source(Protocol):

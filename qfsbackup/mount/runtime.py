@@ -16,11 +16,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qfsbackup.contracts import FROZEN_NOTE
 from qfsbackup.errors import EXIT_USAGE, UserError
 
 RUNTIME = Path("/run/qfsbackup")
 PREFIX = "mount-"
-FROZEN = "frozen"  # a file in it: the socket of the agent whose guest the mount may have frozen
 SOURCE = "source"  # a file in it: what the mount's source is called
 LEFT = "left-"  # + a supervisor's process id
 
@@ -92,7 +92,7 @@ class FrozenNote:
 
 def frozen_by_the_dead() -> list[FrozenNote]:
     """The notes of all dead mounts."""
-    return [FrozenNote(note) for note in RUNTIME.glob(f"{PREFIX}*/{FROZEN}") if _dead(note.parent)]
+    return [FrozenNote(note) for note in RUNTIME.glob(f"{PREFIX}*/{FROZEN_NOTE}") if _dead(note.parent)]
 
 
 def _dead(folder: Path) -> bool:
@@ -110,7 +110,7 @@ def sweep() -> None:
 
 def _sweep() -> None:
     for folder in RUNTIME.glob(f"{PREFIX}*"):
-        if _dead(folder) and not (folder / FROZEN).exists():
+        if _dead(folder) and not (folder / FROZEN_NOTE).exists():
             shutil.rmtree(folder, ignore_errors=True)
     for note in RUNTIME.glob(f"{LEFT}*"):
         if not Path("/proc", note.name.removeprefix(LEFT)).exists():

@@ -14,8 +14,9 @@ from pathlib import Path
 from qfsbackup.contracts import Mounting, Snapshot
 from qfsbackup.errors import EXIT_USAGE, UserError
 from qfsbackup.options import Options
+from qfsbackup.vm.agent import AgentError, GuestAgent
+from qfsbackup.vm.agents.agent_socket import AgentSocket
 from qfsbackup.vm.monitor import Monitor
-from qfsbackup.vm.thaw import thaw_unheard
 
 
 class VmSource(ABC):
@@ -34,9 +35,13 @@ class VmSource(ABC):
     def is_there(self) -> bool:
         """May QEMU be running. Asked by the supervisor, so nothing heavy may be needed."""
 
-    def agent(self, options: Options) -> Path | None:
-        """The guest agent's socket, if there is one."""
-        return options.agent
+    def agent(self, options: Options) -> GuestAgent | None:
+        """The guest's agent, if it is known."""
+        return self.agent_called(str(options.agent)) if options.agent else None
+
+    def agent_called(self, name: str) -> GuestAgent:
+        """The guest agent of this name; the supervisor has it thaw."""
+        return AgentSocket(Path(name))
 
     def check(self, options: Options) -> None:
         """See contracts.Source."""
@@ -72,15 +77,14 @@ class VmSource(ABC):
         return await forget(self, options, target, others=others)
 
     def thaw_unheard(self, agent: str) -> None:
-        """See contracts.Source; `agent` is its socket."""
-        thaw_unheard(Path(agent))
+        """See contracts.Source."""
+        self.agent_called(agent).thaw_unheard()
 
     async def thaw(self, agent: str) -> bool:
         """See contracts.Source."""
-        from qfsbackup.vm.agent import AgentError
         from qfsbackup.vm.freeze import thaw_leftover
 
         try:
-            return await thaw_leftover(Path(agent))
+            return await thaw_leftover(self.agent_called(agent))
         except AgentError as error:
             raise UserError(str(error), "Name the guest's agent, or have it run guest-fsfreeze-thaw.") from error

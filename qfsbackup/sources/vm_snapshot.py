@@ -20,6 +20,7 @@ from qfsbackup.nbd.export import Export
 from qfsbackup.nbd.opening import OpenDisk, connected_disks
 from qfsbackup.options import Options
 from qfsbackup.sources.vm import VmSource
+from qfsbackup.vm.agent import GuestAgent
 from qfsbackup.vm.bitmaps.leftovers import bitmaps_of, remove_bitmap, remove_leftovers, remove_marked
 from qfsbackup.vm.bitmaps.starting_points import report, starting_points
 from qfsbackup.vm.cleanup import undo_leftovers
@@ -39,7 +40,6 @@ from qfsbackup.vm.snapshot import Served, Taken, take
 log = logging.getLogger(__name__)
 
 NBD_SOCKET = "nbd.sock"
-FROZEN_NOTE = "frozen"  # see runtime
 AGAIN_TIMEOUT = 30.0  # seconds; the supervisor does not wait much longer for us
 
 
@@ -113,7 +113,7 @@ class VmSnapshot:
                 log.debug("nothing can be undone: %s", error)
 
     @property
-    def _agent(self) -> Path | None:
+    def _agent(self) -> GuestAgent | None:
         return self.source.agent(self.mounting.options)
 
     async def _snapshot(self, qmp: Monitor, stack: AsyncExitStack) -> Snapshot:
@@ -140,7 +140,7 @@ class VmSnapshot:
             in_image=checkpoint is None or checkpoint.in_image,
             fleece=options.fleece,
             socket_path=self._nbd_socket,
-            freeze=Freeze(options.freeze, self._agent, self.mounting.runtime / FROZEN_NOTE),
+            freeze=Freeze(options.freeze, self._agent, self.mounting.frozen_note),
         )
         await stack.enter_async_context(self._seeing_what_is_left(qmp))
         taken = await stack.enter_async_context(taking)

@@ -1,136 +1,56 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""A client of the QEMU guest agent (its commands: qga/qapi-schema.json of QEMU).
+"""How commands travel to the QEMU guest agent (qga/qapi-schema.json of QEMU): the contract of what stands in `agents/`.
 
-The agent's socket serves one client, and it accepts connections also where there is no agent: silence is the only
-sign. What the agent still owes to an earlier client, or to a command that we gave up, is skipped with
-guest-sync-delimited, whose answer begins with a byte that no JSON contains:
-
-    us     FF {"execute": "guest-sync-delimited", "arguments": {"id": 7}}
-    agent  {"return": "too late"}  FF {"return": 7}
+Nothing heavy is imported here or by a GuestAgent until it is opened: the supervisor has one, to thaw with.
 """
 
 from __future__ import annotations
 
-import json
-import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
-from typing import Any
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
 
-import trio
-
-SENTINEL = b"\xff"
 ANSWER_TIMEOUT = 3.0  # seconds in which an agent that is there answers a simple question
-LONGEST_ANSWER = 1024 * 1024  # bytes; what we ask for is answered in a few hundred
 
 
 class AgentError(Exception):
-    """The agent answered with an error, or with nonsense, or not at all."""
+    """The agent answered with an error, or with nonsense, or not at all: then it may carry the command out later."""
 
 
-class Agent:
-    """A connection to a guest agent, made by `open_agent`."""
-
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self._stream = stream
-        self._buffer = b""
-        self._in_step = False  # does the next line answer the next command
+class Agent(Protocol):
+    """A session with an agent. An answer that comes too late is dropped, never taken for another command's."""
 
     async def call(self, command: str, timeout: float = ANSWER_TIMEOUT) -> Any:
-        """Run a command without arguments and return its result, within `timeout` seconds. Raises AgentError."""
-        if not self._in_step:
-            await self._synchronize()
-        answer = await self._ask(command, timeout)
-        self._in_step = True
-        if "return" not in answer:
-            raise AgentError(str(answer["error"].get("desc", "an error without a description")))
-        return answer["return"]
+        """Run a command without arguments and return its result, within `timeout` seconds, whatever hangs.
+
+        Where something is still owed to us, that is waited for first, ANSWER_TIMEOUT at most. Raises AgentError.
+        """
+        ...
 
     async def send_unheard(self, command: str) -> None:
         """Send a command whose answer nobody waits for: it runs once the agent is through with what it has to do.
 
         Raises AgentError.
         """
-        self._in_step = False
-        with _answering(ANSWER_TIMEOUT):
-            await self._send(command, {})
+        ...
 
     @property
     def in_step(self) -> bool:
-        """Is nothing owed to us."""
-        return self._in_step
-
-    async def _synchronize(self) -> None:
-        number = secrets.randbits(32)
-        with _answering(ANSWER_TIMEOUT):
-            await self._send("guest-sync-delimited", {"id": number}, SENTINEL)
-            while True:
-                await self._discard_to(SENTINEL)
-                if _parsed(await self._line()).get("return") == number:
-                    return
-
-    async def _ask(self, command: str, timeout: float) -> Mapping[str, Any]:
-        self._in_step = False
-        with _answering(timeout):
-            await self._send(command, {})
-            answer = _parsed(await self._line())
-        if "return" not in answer and not isinstance(answer.get("error"), dict):
-            raise AgentError("it answers nonsense")
-        return answer
-
-    async def _send(self, command: str, arguments: Mapping[str, object], before: bytes = b"") -> None:
-        message = json.dumps({"execute": command, "arguments": arguments}).encode()
-        await self._stream.send_all(before + message + b"\n")
-
-    async def _line(self) -> bytes:
-        while b"\n" not in self._buffer:
-            await self._receive()
-            if len(self._buffer) > LONGEST_ANSWER:
-                raise AgentError("it answers without end")
-        line, self._buffer = self._buffer.split(b"\n", 1)
-        return line
-
-    async def _discard_to(self, mark: bytes) -> None:
-        while mark not in self._buffer:
-            self._buffer = b""
-            await self._receive()
-        self._buffer = self._buffer.split(mark, 1)[1]
-
-    async def _receive(self) -> None:
-        data = await self._stream.receive_some()
-        if not data:
-            raise AgentError("it closed the connection")
-        self._buffer += data
+        """Was every command answered, if only with an error: is nothing owed to us that may still be carried out."""
+        ...
 
 
-@asynccontextmanager
-async def open_agent(path: Path) -> AsyncIterator[Agent]:
-    """Connect to the agent's unix socket. Raises AgentError where there is none; silence shows with the first call."""
-    try:
-        stream = await trio.open_unix_socket(str(path))
-    except (OSError, ValueError) as error:
-        raise AgentError(f"cannot connect to {path}: {error}") from error
-    async with stream:
-        yield Agent(stream)
+class GuestAgent(Protocol):
+    """The agent of one guest, whether it is there or not."""
 
+    @property
+    def name(self) -> str:
+        """What people and a mount's note call it; its source finds it by this name again."""
+        ...
 
-@contextmanager
-def _answering(timeout: float) -> Iterator[None]:
-    try:
-        with trio.fail_after(timeout):
-            yield
-    except trio.TooSlowError:
-        raise AgentError(f"it did not answer within {timeout:.0f} s") from None
-    except trio.BrokenResourceError as error:
-        raise AgentError("the connection broke") from error
+    def open(self) -> AbstractAsyncContextManager[Agent]:
+        """A session. Raises AgentError where there is none to be had; one that is silent shows with the first call."""
+        ...
 
-
-def _parsed(line: bytes) -> Mapping[str, Any]:
-    try:
-        answer = json.loads(line)
-    except ValueError as error:
-        raise AgentError("it answers something that is not JSON") from error
-    if not isinstance(answer, dict):
-        raise AgentError("it answers nonsense")
-    return answer
+    def thaw_unheard(self) -> None:
+        """Have it thaw within seconds, without asking anything first; whether it does is for others to see."""
+        ...

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from qfsbackup.at_work import held_by
 from qfsbackup.errors import UserError
-from qfsbackup.vm.agent import AgentError
+from qfsbackup.vm.agent import AgentError, GuestAgent
 from qfsbackup.vm.fleecing import empty_fdsets, remove_fdsets
 from qfsbackup.vm.fleecing_folder import answers, files_of
 from qfsbackup.vm.freeze import thaw_leftover
@@ -29,8 +28,8 @@ from qfsbackup.vm.server import stop_server
 log = logging.getLogger(__name__)
 
 
-async def undo_leftovers(qmp: Monitor, agent: Path | None = None) -> list[str]:
-    """Undo a dead mount's leftovers; returns what was undone. `agent` is the guest agent's socket, if there is one.
+async def undo_leftovers(qmp: Monitor, agent: GuestAgent | None = None) -> list[str]:
+    """Undo a dead mount's leftovers; returns what was undone. `agent` is the guest's, if it is known.
 
     Raises UserError where the mount is alive or something cannot be undone, QmpError where QEMU cannot be asked.
     """
@@ -86,7 +85,7 @@ async def _ours(qmp: Monitor) -> list[str]:
     return sorted(name for name in names if name.startswith(PREFIX) and not name.startswith(NEW))
 
 
-async def _free_guest(qmp: Monitor, ours: Sequence[str], agent: Path | None) -> list[str]:
+async def _free_guest(qmp: Monitor, ours: Sequence[str], agent: GuestAgent | None) -> list[str]:
     """Let a guest that we stopped run on, then thaw it: a stopped guest's agent cannot answer."""
     done = [line for recipe in RECIPES.values() for line in await recipe.free_guest(qmp, ours)]
     if FROZEN in ours:
@@ -94,7 +93,7 @@ async def _free_guest(qmp: Monitor, ours: Sequence[str], agent: Path | None) -> 
     return done
 
 
-async def _thaw(qmp: Monitor, agent: Path | None) -> list[str]:
+async def _thaw(qmp: Monitor, agent: GuestAgent | None) -> list[str]:
     """The mark stays where the agent does not answer: so it is tried again."""
     if agent is None:
         log.warning("the guest's file systems may be frozen: name its agent, or have it run guest-fsfreeze-thaw")

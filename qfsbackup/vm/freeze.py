@@ -18,7 +18,7 @@ from typing import Literal
 import trio
 
 from qfsbackup.errors import UserError
-from qfsbackup.vm.agent import Agent, AgentError, open_agent
+from qfsbackup.vm.agent import Agent, AgentError, GuestAgent
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ class Freeze:
     """What the user asked for: `auto` goes on without a freeze where it cannot be had, `require` does not."""
 
     mode: Literal["auto", "require", "off"]
-    agent: Path | None  # the agent's socket
-    note: Path | None = None  # a file that holds the agent's path for as long as its guest may be frozen by us
+    agent: GuestAgent | None
+    note: Path | None = None  # a file that holds the agent's name for as long as its guest may be frozen by us
 
     @property
     def tried(self) -> bool:
@@ -45,10 +45,10 @@ class Freeze:
 class StillFrozenError(UserError):
     """The agent froze, or may have, and does not say that it has thawed."""
 
-    def __init__(self, agent: Path) -> None:
+    def __init__(self, agent: GuestAgent) -> None:
         super().__init__(
             "the guest's file systems may still be frozen: its agent does not answer",
-            f"Have it run guest-fsfreeze-thaw ({agent}), or restart the guest.",
+            f"Have it run guest-fsfreeze-thaw ({agent.name}), or restart the guest.",
         )
 
 
@@ -95,11 +95,11 @@ async def _freezing(freeze: Freeze, running: bool, state: Frozen) -> AsyncIterat
         raise AgentError("no agent socket is named (agent=)")
     if not running:
         raise AgentError("the VM is not running")
-    async with open_agent(freeze.agent) as agent:
+    async with freeze.agent.open() as agent:
         if await agent.call("guest-fsfreeze-status") != "thawed":
             raise AgentError("they are frozen already, by somebody else; left so")
         if freeze.note:
-            freeze.note.write_text(str(freeze.agent))
+            freeze.note.write_text(freeze.agent.name)
         deadline = trio.current_time() + HOLD_TIMEOUT
         try:
             if not await agent.call("guest-fsfreeze-freeze", FREEZE_TIMEOUT):
@@ -115,9 +115,9 @@ async def _freezing(freeze: Freeze, running: bool, state: Frozen) -> AsyncIterat
                 freeze.note.unlink(missing_ok=True)
 
 
-async def thaw_leftover(path: Path) -> bool:
+async def thaw_leftover(guest: GuestAgent) -> bool:
     """Thaw what a qfsbackup that died left frozen; was there anything? Raises AgentError."""
-    async with open_agent(path) as agent:
+    async with guest.open() as agent:
         if await agent.call("guest-fsfreeze-status") != "frozen":
             return False
         if await _thaw(agent) is None:

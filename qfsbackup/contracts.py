@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from qfsbackup.errors import FsError
+from qfsbackup.errors import EXIT_USAGE, FsError, UserError
 from qfsbackup.facts import BitmapStatus, CheckpointRequest, Sockets
 from qfsbackup.options import Options
 from qfsbackup.ranges import RangeSet
@@ -138,36 +138,28 @@ class Mounting:
         return self.runtime / FROZEN_NOTE
 
 
-class Source(Protocol):
-    """What a person names as SOURCE, made by `sources.find`.
+class Source:
+    """What a person names as SOURCE, made by `sources.find`; a kind adds what it can do more than nothing.
 
     The supervisor has one: making it, `check`, `is_there` and `thaw_unheard` import nothing heavy and start nothing.
     """
 
-    @property
-    def name(self) -> str:
-        """What it is called in /proc/mounts and by other commands: the same from every folder, and found again."""
-        ...
-
-    @property
-    def place(self) -> str:
-        """What its default mountpoint is called after: the same for every run of the same VM."""
-        ...
+    name: str  # in /proc/mounts and for other commands: the same from every folder, and `find` finds it again
+    place: str  # what its default mountpoint is called after: the same for every run of the same VM
 
     def check(self, options: Options) -> None:
         """Raises UserError where an option asks for what this kind does not have."""
-        ...
 
     def is_there(self) -> bool:
         """May something of ours be in a VM, and be undone some time. False where the VM is off."""
-        ...
+        return False
 
     def snapshot(self, mounting: Mounting) -> AbstractAsyncContextManager[Snapshot]:
         """Take a snapshot, and find out all of its disks; leaving the context undoes all that taking it did.
 
         Raises UserError where it cannot be had.
         """
-        ...
+        raise NotImplementedError
 
     async def clean_up(self, options: Options) -> list[str]:
         """Undo what a dead mount left; safe to repeat. What was undone, a line each. Raises UserError.
@@ -175,23 +167,23 @@ class Source(Protocol):
         Of bitmaps only those go that the state store made, or that a dead mount's marks name, and that are not
         committed.
         """
-        ...
+        return []
 
     async def checkpoints(self, options: Options) -> list[str]:
         """What each target has committed, a line for each of its disks. Raises UserError."""
-        ...
+        hint = "Name a VM's QMP socket, or the image of a VM that is off."
+        raise UserError(f"{self.name} keeps no checkpoints", hint, EXIT_USAGE)
 
     async def forget(self, options: Options, target: str, *, others: bool) -> list[str]:
         """Delete a target's checkpoints, and its bitmaps. What was removed, a line each. Raises UserError.
 
         `others`: also the bitmaps of a target of this name that another store or another VM made.
         """
-        ...
+        return await self.checkpoints(options)
 
     def thaw_unheard(self, agent: str) -> None:
         """Have the guest thaw, at once and without asking anything first. `agent` is what a mount's note calls it."""
-        ...
 
     async def thaw(self, agent: str) -> bool:
         """Thaw what a mount that died left frozen; was there anything? Raises UserError where nobody can tell."""
-        ...
+        return False

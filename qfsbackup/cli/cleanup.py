@@ -8,44 +8,32 @@ import logging
 from qfsbackup.contracts import Source
 from qfsbackup.errors import UserError
 from qfsbackup.mount.runtime import frozen_by_the_dead, sweep
-from qfsbackup.mounts import MNT_DETACH, Mount, is_dead, our_mounts, umount
-from qfsbackup.options import Options, parse_options
+from qfsbackup.mounts import MNT_DETACH, is_dead, our_mounts, umount
+from qfsbackup.options import Options
 from qfsbackup.sources import find
 
 log = logging.getLogger(__name__)
 
 
-def cleanup(source: Source, option_texts: list[str]) -> list[str]:
-    """What was undone, a line each; of the options only `agent=`, `state=` and `vm=` matter. Raises UserError."""
-    from qfsbackup.cli import interruptible  # needs trio, which the supervisor must not have in it
-
-    options = parse_options(option_texts)
-    done = [_detach(mount) for mount in our_mounts() if mount.source == source.name and is_dead(mount.mountpoint)]
-
-    async def undo() -> list[str]:
-        return [*done, *await _thaw(), *await _undo(source, options)]
-
-    return interruptible.run(undo)
-
-
-def _detach(mount: Mount) -> str:
-    umount(mount.mountpoint, MNT_DETACH)
-    return f"detached the dead mount at {mount.mountpoint}"
+async def cleanup(source: Source, options: Options) -> list[str]:
+    """What was undone, a line each. Raises UserError."""
+    done = []
+    for mount in our_mounts():
+        if mount.source == source.name and is_dead(mount.mountpoint):
+            umount(mount.mountpoint, MNT_DETACH)
+            done.append(f"detached the dead mount at {mount.mountpoint}")
+    done += await _thaw()  # before QEMU is asked anything, for it may be stuck
+    sweep()
+    return done + await source.clean_up(options)
 
 
 async def _thaw() -> list[str]:
-    """Whoever a dead mount froze, before QEMU is asked anything, for it may be stuck."""
+    """Whoever a dead mount froze."""
     done = []
-    for note in frozen_by_the_dead():
+    for note, name, agent in frozen_by_the_dead():
         try:
-            if await find(note.source).thaw(note.agent):
-                done.append(f"thawed the guest behind {note.agent}")
-            note.path.unlink()
+            done += [f"thawed the guest behind {agent}"] if await find(name).thaw(agent) else []
+            note.unlink()
         except (UserError, OSError) as error:
             log.warning("cannot tell whether the guest's file systems are frozen: %s", error)
     return done
-
-
-async def _undo(source: Source, options: Options) -> list[str]:
-    sweep()
-    return await source.clean_up(options)

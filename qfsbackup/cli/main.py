@@ -11,11 +11,11 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from qfsbackup import log as logs
 from qfsbackup.cli.arguments import helper_parser, parse
-from qfsbackup.cli.checkpoints import checkpoints
 from qfsbackup.cli.cleanup import cleanup
 from qfsbackup.cli.commit import commit
 from qfsbackup.cli.console import open_standard_descriptors, output, reported
@@ -24,6 +24,7 @@ from qfsbackup.cli.run import make_mountpoint, run
 from qfsbackup.cli.status import as_json, as_text, collect
 from qfsbackup.cli.umount import umount_and_wait
 from qfsbackup.errors import EXIT_MOUNT, EXIT_RUN, EXIT_SYSTEM, EXIT_USAGE, UserError
+from qfsbackup.options import parse_options
 from qfsbackup.sources import find
 
 
@@ -89,7 +90,11 @@ def _commit(arguments: argparse.Namespace, _level: int) -> int:
 
 
 def _checkpoints(arguments: argparse.Namespace, _level: int) -> int:
-    output(*checkpoints(find(arguments.source), arguments.options, arguments.delete, others=arguments.others))
+    from qfsbackup.cli import interruptible  # needs trio, which the supervisor must not have in it
+
+    source, options = find(arguments.source), parse_options(arguments.options)
+    forget = partial(source.forget, options, arguments.delete, others=arguments.others)
+    output(*interruptible.run(forget if arguments.delete else partial(source.checkpoints, options)))
     return 0
 
 
@@ -120,7 +125,9 @@ def _status(arguments: argparse.Namespace, _level: int) -> int:
 
 
 def _cleanup(arguments: argparse.Namespace, _level: int) -> int:
-    output(*cleanup(find(arguments.source), arguments.options))
+    from qfsbackup.cli import interruptible  # needs trio, as above
+
+    output(*interruptible.run(partial(cleanup, find(arguments.source), parse_options(arguments.options))))
     return 0
 
 

@@ -32,9 +32,9 @@ MARGIN = 30.0  # seconds for a machine under load
 def rescue(source: Source, option_texts: Sequence[str]) -> None:
     """Undo what is in the VM and take the dead mount away. `option_texts` are the arguments of -o that it had."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    for frozen in frozen_by_the_dead():
+    for _, name, agent in frozen_by_the_dead():
         with suppress(OSError, UserError):
-            find(frozen.source).thaw_unheard(frozen.agent)  # nothing comes before it; cleanup looks whether it worked
+            find(name).thaw_unheard(agent)  # nothing comes before it; cleanup looks whether it worked
     note, told, pause = LeftNote(os.getpid()), "", PAUSE
     try:
         while left := _undo(source.name, option_texts):

@@ -13,7 +13,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from qfsbackup.contracts import FROZEN_NOTE
@@ -73,26 +72,14 @@ def _make(stack: ExitStack) -> Path:
     return folder
 
 
-@dataclass(frozen=True, slots=True)
-class FrozenNote:
-    """A dead mount may have left a guest frozen; for who removes the note once it is thawed."""
-
-    path: Path
-
-    @property
-    def source(self) -> str:
-        """What the mount's source is called. Raises OSError, as `agent` does."""
-        return (self.path.parent / SOURCE).read_text()
-
-    @property
-    def agent(self) -> str:
-        """What the source calls the guest's agent."""
-        return self.path.read_text()
-
-
-def frozen_by_the_dead() -> list[FrozenNote]:
-    """The notes of all dead mounts."""
-    return [FrozenNote(note) for note in RUNTIME.glob(f"{PREFIX}*/{FROZEN_NOTE}") if _dead(note.parent)]
+def frozen_by_the_dead() -> list[tuple[Path, str, str]]:
+    """Dead mounts that may have left a guest frozen: the note of it, for who removes it once the guest is thawed; what
+    the mount's source is called; and what that calls the guest's agent."""
+    found = []
+    for note in RUNTIME.glob(f"{PREFIX}*/{FROZEN_NOTE}"):
+        with suppress(OSError):
+            found += [(note, (note.parent / SOURCE).read_text(), note.read_text())] if _dead(note.parent) else []
+    return found
 
 
 def _dead(folder: Path) -> bool:

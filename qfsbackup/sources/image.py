@@ -11,7 +11,7 @@ import os
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 
-from qfsbackup.contracts import Mounting, Snapshot
+from qfsbackup.contracts import Mounting, Snapshot, Source
 from qfsbackup.errors import EXIT_SYSTEM, EXIT_USAGE, UserError
 from qfsbackup.options import Options
 
@@ -23,7 +23,7 @@ SUFFIXES = (".raw", ".img", ".qcow2", ".qcow", ".vmdk", ".vdi", ".vhdx", ".vhd",
 QCOW2_MAGIC = b"QFI\xfb"
 
 
-class ImageSource:
+class ImageSource(Source):
     """A file, or a block device."""
 
     def __init__(self, path: Path) -> None:
@@ -31,27 +31,15 @@ class ImageSource:
         self.name = str(path)
         self.place = os.path.realpath(path)
 
-    def check(self, options: Options) -> None:
-        """Whatever the options are, there is no snapshot."""
-
     def is_there(self) -> bool:
         """It is no VM that may be off."""
         return True
 
-    def snapshot(self, mounting: Mounting) -> AbstractAsyncContextManager[Snapshot]:  # noqa: ARG002
-        """See contracts.Source."""
+    def snapshot(self, mounting: Mounting) -> AbstractAsyncContextManager[Snapshot]:
         raise self._refusal()
 
-    async def clean_up(self, options: Options) -> list[str]:  # noqa: ARG002
-        """See contracts.Source."""
+    async def clean_up(self, options: Options) -> list[str]:
         raise self._refusal()
-
-    def thaw_unheard(self, agent: str) -> None:
-        """Nothing of ours was ever in a guest."""
-
-    async def thaw(self, agent: str) -> bool:  # noqa: ARG002
-        """See thaw_unheard."""
-        return False
 
     def _refusal(self) -> UserError:
         if self._path.is_block_device():
@@ -63,12 +51,12 @@ class ImageSource:
             "Is the VM running, and was it started with -qmp unix:PATH,server=on,wait=off?",
         )
 
-    async def checkpoints(self, options: Options) -> list[str]:  # noqa: ARG002
+    async def checkpoints(self, options: Options) -> list[str]:
         """A line for each of our bitmaps in the image. Raises UserError."""
         found = [f"{target}  {generation}  {name}" for name, target, generation in await self._ours()]
         return found or [f"no target has a bitmap in {self.name}"]
 
-    async def forget(self, options: Options, target: str, *, others: bool) -> list[str]:  # noqa: ARG002
+    async def forget(self, options: Options, target: str, *, others: bool) -> list[str]:
         """Take all bitmaps of the target off the image, whoever made them. Raises UserError."""
         ours = await self._ours()
         names = [name for name, of, _ in ours if of == target]

@@ -25,7 +25,7 @@ class LibvirtSource(VmSource):
 
     def __init__(self, uri: str, domain: str) -> None:
         text = domain if uri == SYSTEM else f"{uri}/{domain}"
-        super().__init__(f"libvirt:{text}", place=text, vm=domain)
+        super().__init__(f"libvirt:{text}", place=text, fallback=domain)
         self._uri, self._domain = uri, domain
 
     def connect(self, on_gone: Callable[[str], None]) -> AbstractAsyncContextManager[Monitor]:

@@ -18,18 +18,16 @@ class QemuSource(VmSource):
 
     def __init__(self, socket: Path) -> None:
         super().__init__(
-            str(socket), place=os.path.realpath(socket) if socket.exists() else str(socket), vm=socket.stem
+            str(socket), place=os.path.realpath(socket) if socket.exists() else str(socket), fallback=socket.stem
         )
         self._socket = socket
 
     def connect(self, on_gone: Callable[[str], None]) -> AbstractAsyncContextManager[Monitor]:
-        """See VmSource."""
         from qfsbackup.vm.monitors.qmp_socket import connect  # needs qemu.qmp
 
         return connect(self._socket, on_gone)
 
     def is_there(self) -> bool:
-        """Is anybody behind the socket, be it a QEMU that hangs."""
         return not is_off(self._socket)
 
 

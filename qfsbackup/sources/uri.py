@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import PurePath
 from urllib.parse import parse_qs, urlsplit
 
-from qfsbackup.contracts import Mounting, Snapshot, SnapshotDisk
+from qfsbackup.contracts import Mounting, Snapshot, SnapshotDisk, Source
 from qfsbackup.errors import EXIT_USAGE, UserError
 from qfsbackup.nbd.export import Export, Offer
 from qfsbackup.options import Options
@@ -21,19 +21,18 @@ from qfsbackup.options import Options
 DEFAULT_DISK = "disk"  # what the export without a name is called
 DEFAULT_PORT = 10809  # NBD's, as IANA has it
 DIRTY_BITMAP = "qemu:dirty-bitmap:"
-NO_CHECKPOINTS = "an NBD server keeps no checkpoints"
 
 
-class UriSource:
+class UriSource(Source):
     """The exports behind an NBD URI; see contracts.Source."""
 
     def __init__(self, uri: str) -> None:
         self.name = self.place = uri
 
     def check(self, options: Options) -> None:
-        """See contracts.Source."""
         if options.target:
-            raise UserError(NO_CHECKPOINTS, "target= needs a VM's QMP socket: leave it out here.", EXIT_USAGE)
+            hint = "target= needs a VM's QMP socket: leave it out here."
+            raise UserError("an NBD server keeps no checkpoints", hint, EXIT_USAGE)
         if options.agent or options.freeze == "require":
             hint = "agent= and freeze=require need a VM's QMP socket."
             raise UserError("an NBD server has no guest to freeze", hint, EXIT_USAGE)
@@ -41,13 +40,9 @@ class UriSource:
             hint = "Leave it out, or say that this data may go once it was read: -o trim-server-data."
             raise UserError("discard=release would trim the server's own data", hint, EXIT_USAGE)
 
-    def is_there(self) -> bool:
-        """Nothing of ours is ever in the server."""
-        return False
-
     @asynccontextmanager
     async def snapshot(self, mounting: Mounting) -> AsyncIterator[Snapshot]:
-        """Look what the server offers. The instant is now, for want of a better one."""
+        """The instant is now, for want of a better one."""
         from qfsbackup.nbd.listing import list_exports  # these two need libnbd
         from qfsbackup.nbd.opening import connected_disks
 
@@ -74,25 +69,6 @@ class UriSource:
                 own=options.trim_server_data,
                 details={"source": self.name},
             )
-
-    async def clean_up(self, options: Options) -> list[str]:  # noqa: ARG002
-        """See is_there."""
-        return []
-
-    async def checkpoints(self, options: Options) -> list[str]:  # noqa: ARG002
-        """See contracts.Source."""
-        raise UserError(NO_CHECKPOINTS, "Name a VM's QMP socket, or the image of a VM that is off.", EXIT_USAGE)
-
-    async def forget(self, options: Options, target: str, *, others: bool) -> list[str]:  # noqa: ARG002
-        """See contracts.Source."""
-        return await self.checkpoints(options)
-
-    def thaw_unheard(self, agent: str) -> None:
-        """There is no guest."""
-
-    async def thaw(self, agent: str) -> bool:  # noqa: ARG002
-        """There is no guest."""
-        return False
 
 
 def source(text: str) -> UriSource:

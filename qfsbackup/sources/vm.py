@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-from qfsbackup.contracts import Mounting, Snapshot
+from qfsbackup.contracts import Mounting, Snapshot, Source
 from qfsbackup.errors import EXIT_USAGE, UserError
 from qfsbackup.options import Options
 from qfsbackup.vm.agent import AgentError, GuestAgent
@@ -19,13 +19,13 @@ from qfsbackup.vm.agents.agent_socket import AgentSocket
 from qfsbackup.vm.monitor import Monitor
 
 
-class VmSource(ABC):
-    """A VM; see contracts.Source. `vm` is what it is called where nobody has given it a name."""
+class VmSource(Source, ABC):
+    """A VM; `fallback` is what it is called where nobody has given it a name."""
 
-    def __init__(self, name: str, *, place: str, vm: str) -> None:
+    def __init__(self, name: str, *, place: str, fallback: str) -> None:
         self.name = name
         self.place = place
-        self.vm = vm
+        self.fallback = fallback
 
     @abstractmethod
     def connect(self, on_gone: Callable[[str], None]) -> AbstractAsyncContextManager[Monitor]:
@@ -34,6 +34,10 @@ class VmSource(ABC):
     @abstractmethod
     def is_there(self) -> bool:
         """May QEMU be running. Asked by the supervisor, so nothing heavy may be needed."""
+
+    def vm(self, options: Options, qemus: str | None) -> str:
+        """What it is called: as the person says, else as QEMU says, else as what it is reached by."""
+        return options.vm or qemus or self.fallback
 
     def agent(self, options: Options) -> GuestAgent | None:
         """The guest's agent, if it is known."""
@@ -44,7 +48,6 @@ class VmSource(ABC):
         return AgentSocket(Path(name))
 
     def check(self, options: Options) -> None:
-        """See contracts.Source."""
         if options.bitmap:
             hint = "A VM's bitmaps are kept for each target: -o target=NAME."
             raise UserError("bitmap= is for an NBD URI", hint, EXIT_USAGE)
@@ -53,38 +56,32 @@ class VmSource(ABC):
             raise UserError("trim-server-data is for an NBD URI", hint, EXIT_USAGE)
 
     def snapshot(self, mounting: Mounting) -> AbstractAsyncContextManager[Snapshot]:
-        """See contracts.Source."""
         from qfsbackup.sources.vm_snapshot import VmSnapshot
 
         return VmSnapshot(self, mounting).taken()
 
     async def clean_up(self, options: Options) -> list[str]:
-        """See contracts.Source."""
         from qfsbackup.sources.vm_checkpoints import clean_up
 
         return await clean_up(self, options)
 
     async def checkpoints(self, options: Options) -> list[str]:
-        """See contracts.Source; bitmaps of ours that no store of ours names have a line, too."""
         from qfsbackup.sources.vm_checkpoints import checkpoints
 
         return await checkpoints(self, options)
 
     async def forget(self, options: Options, target: str, *, others: bool) -> list[str]:
-        """See contracts.Source."""
         from qfsbackup.sources.vm_checkpoints import forget
 
         return await forget(self, options, target, others=others)
 
     def thaw_unheard(self, agent: str) -> None:
-        """See contracts.Source."""
         self.agent_called(agent).thaw_unheard()
 
     async def thaw(self, agent: str) -> bool:
-        """See contracts.Source."""
         from qfsbackup.vm.freeze import thaw_leftover
 
         try:
             return await thaw_leftover(self.agent_called(agent))
         except AgentError as error:
-            raise UserError(str(error), "Name the guest's agent, or have it run guest-fsfreeze-thaw.") from error
+            raise UserError(str(error), "Have it run guest-fsfreeze-thaw, or restart the guest.") from error

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Collection, Iterator
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Collection
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from datetime import UTC, datetime
 
 from qfsbackup.errors import EXIT_USAGE, UserError
@@ -13,14 +13,13 @@ from qfsbackup.facts import Base
 from qfsbackup.options import Options
 from qfsbackup.sizes import human
 from qfsbackup.sources.vm import VmSource
-from qfsbackup.sources.vm_snapshot import vm_name
 from qfsbackup.state.store import DiskState, Store, find_store
 from qfsbackup.vm.bitmaps.checkpoint import bitmap_name, count, problem
 from qfsbackup.vm.bitmaps.leftovers import FOREIGN, bitmaps_of, remove_all, remove_leftovers, remove_marked
 from qfsbackup.vm.cleanup import refuse_living, undo_leftovers
 from qfsbackup.vm.left import left
 from qfsbackup.vm.look.content import content_of
-from qfsbackup.vm.look.graph import Device, Machine, look
+from qfsbackup.vm.look.graph import Machine, look
 from qfsbackup.vm.look.names import shifts
 from qfsbackup.vm.monitor import Monitor, QmpError
 
@@ -38,10 +37,8 @@ async def _session(source: VmSource) -> AsyncIterator[Monitor]:
         raise UserError(f"the VM cannot be asked: {error}", "See whether QEMU runs and answers.") from None
 
 
-@contextmanager
-def _store(source: VmSource, options: Options, machine: Machine) -> Iterator[Store | None]:
-    with find_store(options.state, machine.uuid, vm_name(options, machine, source)) as store:
-        yield store
+def _store(source: VmSource, options: Options, machine: Machine) -> AbstractContextManager[Store | None]:
+    return find_store(options.state, machine.uuid, source.vm(options, machine.name))
 
 
 async def clean_up(source: VmSource, options: Options) -> list[str]:
@@ -92,17 +89,16 @@ def _others(machine: Machine, store: Store | None) -> list[str]:
 
 async def _line(machine: Machine, target: str, name: str, state: DiskState) -> str:
     """What a target holds of one disk, and what a backup now would find."""
-    disk = next((one for one in machine.disks if one.name == name and one.nodes), None)
-    reason = await _problem(machine, target, state, disk) if disk else "the VM has no such disk now"
-    dirty = count(disk.format, bitmap_name(target, state.generation)) if disk and not reason else None
-    now = f"next backup is full: {reason}" if dirty is None else f"{human(dirty)} dirty now"
+    dirty, reason = None, "the VM has no such disk now"
+    for disk in machine.disks:
+        if disk.name == name and disk.nodes:
+            base = Base(state.generation, state.size, state.content)
+            reason = problem(disk, target, base, await content_of(machine.nodes, disk.format))
+            dirty = None if reason else count(disk.format, bitmap_name(target, state.generation))
     when = datetime.fromtimestamp(state.instant / 10**9, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return f"{target}  {name}  {state.generation}  {when}  {human(state.size)}, {now}{SHIFTS if shifts(name) else ''}"
-
-
-async def _problem(machine: Machine, target: str, state: DiskState, disk: Device) -> str:
-    base = Base(state.generation, state.size, state.content)
-    return problem(disk, target, base, await content_of(machine.nodes, disk.format))
+    now = f"next backup is full: {reason}" if dirty is None else f"{human(dirty)} dirty now"
+    line = f"{target}  {name}  {state.generation}  {when}  {human(state.size)}, {now}"
+    return line + (SHIFTS if shifts(name) else "")
 
 
 async def forget(source: VmSource, options: Options, target: str, *, others: bool) -> list[str]:

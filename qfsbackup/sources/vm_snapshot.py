@@ -18,9 +18,7 @@ from qfsbackup.errors import UserError
 from qfsbackup.facts import CLUSTER, Known
 from qfsbackup.nbd.export import Export
 from qfsbackup.nbd.opening import OpenDisk, connected_disks
-from qfsbackup.options import Options
 from qfsbackup.sources.vm import VmSource
-from qfsbackup.vm.agent import GuestAgent
 from qfsbackup.vm.bitmaps.leftovers import bitmaps_of, remove_bitmap, remove_leftovers, remove_marked
 from qfsbackup.vm.bitmaps.starting_points import report, starting_points
 from qfsbackup.vm.cleanup import undo_leftovers
@@ -64,7 +62,13 @@ class VmSnapshot:
                     raise UserError(
                         f"QEMU does not give a snapshot: {error}", "The VM is as it was; look at its log and its state."
                     ) from error
-                _log(snapshot)
+                log.info(
+                    "took a snapshot of %s: %s; file systems %s, guest paused %.1f ms",
+                    snapshot.vm,
+                    ", ".join(f"{disk.name} ({disk.size} bytes)" for disk in snapshot.disks),
+                    "frozen" if snapshot.frozen else "not frozen",
+                    snapshot.pause_ms,
+                )
                 yield snapshot
         finally:
             if qmp is not None and qmp.is_left:
@@ -104,7 +108,7 @@ class VmSnapshot:
         with trio.move_on_after(AGAIN_TIMEOUT, shield=True):
             try:
                 async with self.source.connect(log.debug) as qmp:
-                    for undone in await undo_leftovers(qmp, self._agent):
+                    for undone in await undo_leftovers(qmp, self.source.agent(self.mounting.options)):
                         log.warning("after the connection to QEMU was lost: %s", undone)
                     await self._remove_marked(qmp, await look(qmp))
                     self.mounting.status.unrestored = ", ".join(await left(qmp)) or None
@@ -112,13 +116,10 @@ class VmSnapshot:
             except (UserError, QmpError) as error:
                 log.debug("nothing can be undone: %s", error)
 
-    @property
-    def _agent(self) -> GuestAgent | None:
-        return self.source.agent(self.mounting.options)
-
     async def _snapshot(self, qmp: Monitor, stack: AsyncExitStack) -> Snapshot:
         options, checkpoint = self.mounting.options, self.mounting.checkpoint
-        for undone in await undo_leftovers(qmp, self._agent):
+        agent, nbd_socket = self.source.agent(options), self.mounting.runtime / NBD_SOCKET
+        for undone in await undo_leftovers(qmp, agent):
             log.warning("left by an earlier snapshot: %s", undone)
         machine = await look(qmp)
         refuse_machine(machine)
@@ -139,15 +140,15 @@ class VmSnapshot:
             checkpoints=points,
             in_image=checkpoint is None or checkpoint.in_image,
             fleece=options.fleece,
-            socket_path=self._nbd_socket,
-            freeze=Freeze(options.freeze, self._agent, self.mounting.frozen_note),
+            socket_path=nbd_socket,
+            freeze=Freeze(options.freeze, agent, self.mounting.frozen_note),
         )
         await stack.enter_async_context(self._seeing_what_is_left(qmp))
         taken = await stack.enter_async_context(taking)
         files = {served.disk.name: served.fleecing for served in taken.served if served.fleecing}
         if files:
             self.mounting.status.look_at_fleecing = partial(look_at, files, options.fleece)
-        exports = [self._export(served) for served in taken.served]
+        exports = [_export(served, nbd_socket) for served in taken.served]
         disks = await stack.enter_async_context(connected_disks(exports, self.mounting, own=True))
         snapshot = self._facts(machine, taken, disks, config)
         return replace(snapshot, keep=partial(self._keep, qmp, machine, taken, known)) if known else snapshot
@@ -181,11 +182,7 @@ class VmSnapshot:
         log.error("the VM is gone: %s", reason)
 
     def _vm_name(self, machine: Machine) -> str:
-        return vm_name(self.mounting.options, machine, self.source)
-
-    @property
-    def _nbd_socket(self) -> Path:
-        return self.mounting.runtime / NBD_SOCKET
+        return self.source.vm(self.mounting.options, machine.name)
 
     def _facts(
         self, machine: Machine, taken: Taken, disks: Sequence[OpenDisk], config: Mapping[str, bytes]
@@ -204,51 +201,36 @@ class VmSnapshot:
             config=config,
         )
 
-    def _export(self, served: Served) -> Export:
-        point, fleecing = served.checkpoint, served.fleecing
-        return Export(
-            disk=served.disk.name,
-            uri=f"nbd+unix:///{served.export}?socket={quote(str(self._nbd_socket))}",
-            size=served.disk.root.size,
-            dirty_context=f"qemu:dirty-bitmap:{MAP}" if point and point.base else None,
-            request_unit=served.request_unit,
-            copied=fleecing.copied if fleecing and served.request_unit else None,
-            allocation=served.allocation,
-            low_water=point.low_water if point and point.base else None,
-        )
+
+def _export(served: Served, socket: Path) -> Export:
+    point, fleecing = served.checkpoint, served.fleecing
+    incremental = point is not None and point.base is not None
+    return Export(
+        disk=served.disk.name,
+        uri=f"nbd+unix:///{served.export}?socket={quote(str(socket))}",
+        size=served.disk.root.size,
+        dirty_context=f"qemu:dirty-bitmap:{MAP}" if incremental else None,
+        request_unit=served.request_unit,
+        copied=fleecing.copied if fleecing and served.request_unit else None,
+        allocation=served.allocation,
+        low_water=point.low_water if point and incremental else None,
+    )
 
 
 def _disk(served: Served, opener: OpenDisk) -> SnapshotDisk:
     disk, point = served.disk, served.checkpoint
+    file = {"interface": disk.kind, "format": disk.format.driver, "file": disk.format.filename, "cluster": CLUSTER}
+    if point is None:
+        return SnapshotDisk(disk.name, disk.root.size, opener, details=file)
     return SnapshotDisk(
-        name=disk.name,
-        size=disk.root.size,
-        open=opener,
-        bitmap=point.status if point else "none",
-        bitmap_reason=point.reason if point else "",
-        generation=point.generation if point else None,
-        base=point.base if point else None,
+        disk.name,
+        disk.root.size,
+        opener,
+        bitmap=point.status,
+        bitmap_reason=point.reason,
+        generation=point.generation,
+        base=point.base,
         transient=served.transient or "",
-        content=point.content if point else "",
-        details={
-            "interface": disk.kind,
-            "format": disk.format.driver,
-            "file": disk.format.filename,
-            "cluster": CLUSTER,
-        },
+        content=point.content,
+        details=file,
     )
-
-
-def _log(snapshot: Snapshot) -> None:
-    log.info(
-        "took a snapshot of %s: %s; file systems %s, guest paused %.1f ms",
-        snapshot.vm,
-        ", ".join(f"{disk.name} ({disk.size} bytes)" for disk in snapshot.disks),
-        "frozen" if snapshot.frozen else "not frozen",
-        snapshot.pause_ms,
-    )
-
-
-def vm_name(options: Options, machine: Machine, source: VmSource) -> str:
-    """What a VM is called: as the person says, else as QEMU says, else as what it is reached by."""
-    return options.vm or machine.name or source.vm

@@ -39,10 +39,6 @@ class Grid:
         """The latest time of the chunks number `first` to `last` (excluded); 0 where there are none."""
         return max(self.times[first:last], default=0)
 
-    def other_than(self, time: int) -> RangeSet:
-        """The chunks with another time: for this mount's, those that have not changed."""
-        return RangeSet(self.span(number) for number, own in enumerate(self.times) if own != time)
-
 
 def count(size: int, chunk: int) -> int:
     """How many chunks a disk of `size` bytes has."""

@@ -2,6 +2,8 @@
 """What every GuestAgent promises (vm/agent.py), with a real guest behind it. A new one is a line in AGENTS."""
 
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -95,3 +97,21 @@ async def status(agent: Agent) -> str:
     while True:
         with suppress(AgentError):
             return str(await agent.call("guest-fsfreeze-status"))
+
+
+LIGHT = """
+import sys
+import qfsbackup.cli.mount, qfsbackup.mount.rescue
+from qfsbackup.sources import find
+for text in ("/nonexistent/web1.qmp", "nbd://nonexistent/disk"):
+    source = find(text)
+    source.is_there()
+    source.thaw_unheard("/nonexistent/agent")
+print(*{"trio", "nbd", "qemu", "pyfuse3", "asyncio"}.intersection(sys.modules))
+"""
+
+
+def test_the_supervisor_thaws_without_anything_heavy() -> None:
+    """It stays for as long as the mount does, and has to act when there is no memory left."""
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"

@@ -130,7 +130,7 @@ class Mounting:
     status: Status
     sockets: Sockets = field(default_factory=dict)  # what the mount shall also wait for
     checkpoint: CheckpointRequest | None = None  # the target whose next generation this is
-    committed: Callable[[str], Awaitable[Collection[str]]] | None = None  # VM's name -> generations that a store names
+    generations: Callable[[str], Awaitable[Collection[str]]] | None = None  # VM's name -> all that a store names
 
     @property
     def frozen_note(self) -> Path:

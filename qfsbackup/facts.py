@@ -45,7 +45,7 @@ class Known:
     """What the state store knows of a target of a VM."""
 
     store: str  # the store's id: what its generations begin with
-    committed: Collection[str]  # all generations that it names, of this and of other targets
+    generations: Collection[str]  # all that it names, of this and of other targets
     bases: Mapping[str, Base]  # disk's name -> its base
     generation: Callable[[str], str]  # disk's name -> its new generation: no other disk or mount ever has the same
 

@@ -76,8 +76,8 @@ class Chain:
     async def _known(self, uuid: str | None, name: str) -> Known:
         self._store = store = await self._ask(partial(self._open, uuid, name))
         self._id = await self._ask(store.id)
-        committed, bases = await self._ask(store.generations), await self._ask(partial(store.bases, self._target))
-        return Known(self._id, committed, bases, self._generation)
+        generations, bases = await self._ask(store.generations), await self._ask(partial(store.bases, self._target))
+        return Known(self._id, generations, bases, self._generation)
 
     def _open(self, uuid: str | None, name: str) -> Store:
         store = self._stack.enter_context(open_store(self._folder, uuid, name))
@@ -124,11 +124,11 @@ class Chain:
 
     async def grids(self, snapshot: Snapshot, shown: int, disks: Sequence[Disk]) -> dict[str, Grid]:
         """How each disk is cut, and when its chunks changed; noted for the commit."""
-        committed = await self._ask(partial(self._opened.disks, self._target))
-        self.base_instants = {name: disk.instant for name, disk in committed.items()}
+        last = await self._ask(partial(self._opened.disks, self._target))
+        self.base_instants = {name: disk.instant for name, disk in last.items()}
         grids = {}
         for found, disk in zip(snapshot.disks, disks, strict=True):
-            old = committed.get(found.name)  # also where all is dirty: the chunk size stays
+            old = last.get(found.name)  # also where all is dirty: the chunk size stays
             base = Grid(old.size, old.chunk, old.times) if old else None
             grid = cut(found.size, disk.dirty, shown, base, self._chunk)
             grids[found.name] = grid
@@ -152,8 +152,8 @@ class Chain:
             if snapshot.keep:
                 with trio.CancelScope(shield=True):  # the store names the new bitmaps: they have to stay
                     await snapshot.keep()
-            committed = ", ".join(f"{name} {disk.generation}" for name, disk in self._next.items())
-            log.info("committed to target %s: %s", self._target, committed)
+            named = ", ".join(f"{name} {disk.generation}" for name, disk in self._next.items())
+            log.info("committed to target %s: %s", self._target, named)
 
 
 async def _check_whole(disks: Sequence[Disk], status: Status) -> None:
@@ -176,7 +176,7 @@ def _silence(folder: Path) -> UserError:
     )
 
 
-async def committed(folder: Path, name: str) -> Collection[str]:
+async def generations(folder: Path, name: str) -> Collection[str]:
     """All generations that are committed of the VMs of this name. Raises UserError."""
     try:
         return await in_time(partial(committed_generations, folder, name), STORE_TIMEOUT)

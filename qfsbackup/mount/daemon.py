@@ -25,7 +25,7 @@ from qfsbackup.contracts import Disk, Mounting, Source
 from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_SYSTEM, EXIT_UNRESTORED, UserError
 from qfsbackup.fuse.mount import check_mountpoint, mounted
 from qfsbackup.fuse.operations import Permissions
-from qfsbackup.mount.chain import Chain, committed, open_chain
+from qfsbackup.mount.chain import Chain, generations, open_chain
 from qfsbackup.mount.checking import check, look_at_files
 from qfsbackup.mount.defects import defects_raised
 from qfsbackup.mount.notify import STOPPING, notify
@@ -114,7 +114,7 @@ async def _serve(
             runtime=runtime,
             status=status,
             checkpoint=chain.request if chain else None,
-            committed=partial(committed, options.state),
+            generations=partial(generations, options.state),
         )
         snapshot = await stack.enter_async_context(source.snapshot(mounting))
         note(status, snapshot, options)

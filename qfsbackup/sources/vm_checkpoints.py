@@ -46,14 +46,14 @@ async def clean_up(source: VmSource, options: Options) -> list[str]:
     async with _session(source) as qmp:
         done = await undo_leftovers(qmp, source.agent(options))
         with _store(source, options, await look(qmp)) as store:
-            generations = store.generations() if store else set()
+            stored = store.generations() if store else set()
 
-            async def committed() -> Collection[str]:
-                return generations
+            async def generations() -> Collection[str]:
+                return stored
 
-            found = [await remove_marked(qmp, committed)]
+            found = [await remove_marked(qmp, generations)]
             if store:
-                found.append(await remove_leftovers(qmp, store.id(), generations))
+                found.append(await remove_leftovers(qmp, store.id(), stored))
         for outcome in found:
             done += [*outcome.removed, *(f"left alone: {line}" for line in outcome.left)]
         stays = await left(qmp)

@@ -154,15 +154,15 @@ class VmSnapshot:
         return replace(snapshot, keep=partial(self._keep, qmp, machine, taken, known)) if known else snapshot
 
     async def _remove_marked(self, qmp: Monitor, machine: Machine) -> None:
-        if self.mounting.committed:
-            report(await remove_marked(qmp, partial(self.mounting.committed, self._vm_name(machine))))
+        if self.mounting.generations:
+            report(await remove_marked(qmp, partial(self.mounting.generations, self._vm_name(machine))))
 
     async def _known(self, qmp: Monitor, machine: Machine) -> Known | None:
         """What is known of the target, if there is one; bitmaps of it that are no base are removed."""
         if self.mounting.checkpoint is None:
             return None
         known = await self.mounting.checkpoint.known(machine.uuid, self._vm_name(machine))
-        report(await remove_leftovers(qmp, known.store, known.committed))
+        report(await remove_leftovers(qmp, known.store, known.generations))
         return known
 
     async def _keep(self, qmp: Monitor, machine: Machine, taken: Taken, known: Known) -> None:

@@ -18,7 +18,7 @@ import trio
 
 from qfsbackup.contracts import SnapshotDisk
 from qfsbackup.fs.grid import Grid
-from qfsbackup.mount.chain import committed, open_chain
+from qfsbackup.mount.chain import generations, open_chain
 from tests.harness.disk import MIB, Disk
 from tests.harness.files import make_random
 from tests.harness.qemu import Qemu, run_img
@@ -115,7 +115,7 @@ class ChainLab:
 
     def source(self, **more: Any) -> Snapshots:
         """What backups are taken from."""
-        return make_source(self.vm, self.folder, committed=partial(committed, self.folder), **({"vm": "vm"} | more))
+        return make_source(self.vm, self.folder, generations=partial(generations, self.folder), **({"vm": "vm"} | more))
 
     async def backup(
         self, target: str = "nas", *, in_image: bool = True, commit: bool = True, **more: Any

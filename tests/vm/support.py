@@ -50,7 +50,7 @@ def make_source(
     socket: Path | None = None,
     runtime: Path | None = None,
     checkpoint: CheckpointRequest | None = None,
-    committed: Callable[[str], Awaitable[Collection[str]]] | None = None,
+    generations: Callable[[str], Awaitable[Collection[str]]] | None = None,
     **options: Any,
 ) -> Snapshots:
     """Snapshots of the VM with these options of a mount, which keep everything in `folder`."""
@@ -59,7 +59,7 @@ def make_source(
     return Snapshots(
         QemuSource(socket or vm.qmp),
         socket or vm.qmp,
-        Mounting(chosen, runtime or folder, Status(), checkpoint=checkpoint, committed=committed),
+        Mounting(chosen, runtime or folder, Status(), checkpoint=checkpoint, generations=generations),
     )
 
 

@@ -75,8 +75,8 @@ def _name(bitmap: Mapping[str, Any]) -> str:
     return str(bitmap.get("name", ""))
 
 
-async def remove_leftovers(qmp: Monitor, store: str, committed: Collection[str]) -> Outcome:
-    """Remove the bitmaps that this store made, but for the generations in `committed`.
+async def remove_leftovers(qmp: Monitor, store: str, generations: Collection[str]) -> Outcome:
+    """Remove the bitmaps that this store made, but for those of `generations`.
 
     Inconsistent ones go too: nothing else works with them, and while they are there the disk cannot be resized.
     """
@@ -84,7 +84,7 @@ async def remove_leftovers(qmp: Monitor, store: str, committed: Collection[str])
     for bitmap in bitmaps_of((await look_at_nodes(qmp)).values()):
         if not bitmap.generation.startswith(store):
             outcome.leave(bitmap, FOREIGN)
-        elif bitmap.generation not in committed or bitmap.inconsistent:
+        elif bitmap.generation not in generations or bitmap.inconsistent:
             await _remove(qmp, bitmap, outcome)
     return outcome
 
@@ -114,8 +114,8 @@ async def remove_bitmap(qmp: Monitor, bitmap: Found) -> None:
     await qmp.execute("block-dirty-bitmap-remove", {"node": bitmap.node, "name": bitmap.name})
 
 
-async def remove_marked(qmp: Monitor, committed: Callable[[], Awaitable[Collection[str]]]) -> Outcome:
-    """Undo what a mount that died had begun to record: marks in QEMU say what. `committed`: all that was, by a store.
+async def remove_marked(qmp: Monitor, generations: Callable[[], Awaitable[Collection[str]]]) -> Outcome:
+    """Undo what a mount that died had begun to record: marks in QEMU say what. `generations`: all that a store names.
 
     What is committed stays: the mount died after it was, and before the mark was removed. The mark of what is in use
     stays, too, so that it is tried again.
@@ -123,7 +123,7 @@ async def remove_marked(qmp: Monitor, committed: Callable[[], Awaitable[Collecti
     marked = {name.removeprefix(NEW) for name in await look_at_nodes(qmp) if name.startswith(NEW)}
     if not marked:
         return Outcome()
-    dead = marked.difference(await committed())
+    dead = marked.difference(await generations())
     outcome = await remove_all(qmp, lambda bitmap: bitmap.generation in dead)
     for generation in sorted(marked - outcome.busy):
         await remove_node(qmp, NEW + generation)

@@ -22,6 +22,7 @@ Freeze = Literal["auto", "require", "off"]
 Access = Literal["full", "dirty"]
 Discard = Literal["off", "release"]
 Bitmaps = Literal["persistent", "transient"]
+Recipe = Literal["filters", "jobs"]
 Parse = Callable[[str], object]  # raises ValueError with what the value should be
 
 STATES = Path("/var/lib/qfsbackup")  # where chains are kept unless somebody says otherwise
@@ -134,6 +135,11 @@ class Options:
         "=WHEN", _one_of(Freeze),
         "when to freeze the guest's file systems: auto (default: with agent=, if it answers), require (fail if it does",
         "not), off",
+    ))
+    recipe: Recipe = field(default="filters", metadata=_option(
+        "=HOW", _one_of(Recipe),
+        "filters (default), or jobs: from QEMU 10.1 on all disks at one instant without a pause, but a store in",
+        "fleece= that hangs then holds the guest's writes up, and what the guest trims meanwhile stays allocated",
     ))
     fleece: Path = field(default=FLEECE, metadata=_option(
         "=DIR", _path,

@@ -6,23 +6,41 @@ from pathlib import Path
 
 import pytest
 
+from qfsbackup.errors import UserError
+from qfsbackup.vm.recipes import RECIPES
 from tests.e2e.support import idle_vm
 from tests.harness.chunk_set import CHUNK, cut, describe, make_content
 from tests.harness.disk import MIB, Disk
-from tests.harness.qemu import Qemu, selected
+from tests.harness.qemu import Qemu, newest, selected
 from tests.harness.vm import Vm, running_vm
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make known the marks of the test bed."""
+    config.addinivalue_line("markers", "newest_too: with Debian's newest QEMU, too, where it is here and all are meant")
     config.addinivalue_line("markers", "one_qemu: not about QEMU's behaviour, so the newest one selected is enough")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Fixture `qemu`: one build of QEMU."""
     if "qemu" in metafunc.fixturenames:
-        one = metafunc.definition.get_closest_marker("one_qemu") is not None
-        metafunc.parametrize("qemu", selected()[-1:] if one else selected(), ids=str)
+        builds = selected()
+        if metafunc.definition.get_closest_marker("one_qemu"):
+            builds = builds[-1:]
+        if metafunc.definition.get_closest_marker("newest_too"):
+            builds += newest()
+        metafunc.parametrize("qemu", builds, ids=str)
+
+
+@pytest.fixture(params=RECIPES)
+def recipe(request: pytest.FixtureRequest, qemu: Qemu) -> str:
+    """The name of each that this QEMU can do."""
+    name: str = request.param
+    try:
+        RECIPES[name].check(qemu.version)
+    except UserError as error:
+        pytest.skip(error.what)
+    return name
 
 
 @pytest.fixture

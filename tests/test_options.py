@@ -23,6 +23,7 @@ GIVEN = {  # of each option something that it takes, and what that means
     "exclude": ("vdc", ("vdc",)),
     "agent": ("/a", Path("/a")),
     "freeze": ("off", "off"),
+    "recipe": ("jobs", "jobs"),
     "fleece": ("/f", Path("/f")),
     "fleece-limit": ("1G", 1 << 30),
     "bwlimit": ("10MiB", 10 << 20),

@@ -123,6 +123,8 @@ class VmSnapshot:
             log.warning("left by an earlier snapshot: %s", undone)
         machine = await look(qmp)
         refuse_machine(machine)
+        recipe = RECIPES[options.recipe]
+        recipe.check(machine.version)
         await self._remove_marked(qmp, machine)
         known = await self._known(qmp, machine)
         machine = await look(qmp)
@@ -136,12 +138,13 @@ class VmSnapshot:
             qmp,
             machine,
             chosen,
-            recipe=RECIPES["filters"],
+            recipe=recipe,
             checkpoints=points,
             in_image=checkpoint is None or checkpoint.in_image,
             fleece=options.fleece,
             socket_path=nbd_socket,
             freeze=Freeze(options.freeze, agent, self.mounting.frozen_note),
+            lost=self.mounting.status.health.mark_broken,
         )
         await stack.enter_async_context(self._seeing_what_is_left(qmp))
         taken = await stack.enter_async_context(taking)
@@ -197,7 +200,7 @@ class VmSnapshot:
             own=True,
             frozen=taken.frozen,
             pause_ms=taken.pause_ms,
-            details={"qemu": text(machine.version), "disks_left_out": left},
+            details={"qemu": text(machine.version), "recipe": self.mounting.options.recipe, "disks_left_out": left},
             config=config,
         )
 

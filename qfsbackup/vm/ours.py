@@ -13,6 +13,7 @@ PREFIX = "qfsbackup-"
 FLEECING = f"{PREFIX}fleecing-"
 ACCESS = f"{PREFIX}access-"
 FILTER = f"{PREFIX}filter-"  # of recipes/filters
+JOB = f"{PREFIX}job-"  # of recipes/jobs, and its block job
 SIZE = f"{PREFIX}size-"  # an export, see snapshot
 
 # Nodes that stand for a fact.

@@ -44,6 +44,12 @@ def cbw_timeout(version: Version) -> int:
     return CBW_TIMEOUT if version >= (9, 1, 0) else 4
 
 
+def jobs_break_the_snapshot(version: Version) -> bool:
+    """Has `blockdev-backup` on-cbw-error: before 10.1 ("Parameter 'on-cbw-error' is unexpected", 10.0.2) the guest sees
+    what goes wrong with the fleecing file."""
+    return version >= (10, 1, 0)
+
+
 def survives_iothread(version: Version) -> bool:
     """Else QEMU aborts when an NBD client leaves an export in an iothread: the backport of CVE-2024-7409's fix, until
     f816310d0c."""

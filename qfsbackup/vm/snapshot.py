@@ -74,11 +74,13 @@ async def take(
     fleece: Path,
     socket_path: Path,
     freeze: Freeze,
+    lost: Callable[[str], None],
 ) -> AsyncIterator[Taken]:
     """Take a snapshot of `disks` and serve it on the unix socket `socket_path`; undo all of it at the end.
 
     `checkpoints`, by the disk's name, are started at the instant; `in_image`: bitmaps are stored in the images that can
-    hold them. Raises UserError and QmpError; the VM is then as it was.
+    hold them; `lost` hears why the snapshot can be read no more, should somebody take it down. Raises UserError and
+    QmpError; the VM is then as it was.
     """
     writable = {number: disk for number, disk in enumerate(disks) if not disk.root.read_only}
     folder = FleecingFolder(fleece)
@@ -108,6 +110,7 @@ async def take(
             await qmp.execute("block-export-add", _size_lock(number, recipe.filter_name(number)))
         for number, disk in enumerate(disks):
             await qmp.execute("block-export-add", _export(number, disk, checkpoints.get(disk.name)))
+        await stack.enter_async_context(recipe.watched(qmp, filtered, lost))
         served = tuple(
             _served(machine, number, disk, files.get(number), checkpoints.get(disk.name), transient.get(disk.name))
             for number, disk in enumerate(disks)

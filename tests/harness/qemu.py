@@ -57,6 +57,11 @@ def selected() -> list[Qemu]:
     return found
 
 
+def newest() -> list[Qemu]:
+    """Debian's newest, where it is here and `selected()` means all."""
+    return [_at(NEWEST)] if NEWEST.exists() and os.environ.get("QEMU", "all") == "all" else []
+
+
 async def run_img(qemu: Qemu, *arguments: str | Path) -> str:
     """Run this build's qemu-img; returns stdout, raises subprocess.CalledProcessError on failure."""
     result = await trio.run_process([qemu.img, *arguments], capture_stdout=True)

@@ -84,6 +84,7 @@ async def test_what_the_guest_overwrote_shows_in_the_fleecing_file(qemu: Qemu, t
                 fleece=folder,
                 socket_path=tmp_path / "nbd.sock",
                 freeze=Freeze("off", None),
+                lost=print,
             )
             async with taking as taken:
                 copied = taken.served[0].fleecing

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qfsbackup.vm.recipes import filters
+from qfsbackup.vm.recipes import filters, jobs
 from qfsbackup.vm.recipes.recipe import Recipe
 
-RECIPES: Mapping[str, Recipe] = {"filters": filters}
+RECIPES: Mapping[str, Recipe] = {"filters": filters, "jobs": jobs}

@@ -14,8 +14,8 @@ and 10.0.2).
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 from qfsbackup.vm.look.graph import Graph, devices, look_at_graph, running
@@ -32,8 +32,11 @@ from qfsbackup.vm.transaction import transact
 TRIES = 3  # for what somebody else may disturb in the very moment
 
 
+def check(version: Version) -> None:
+    """See Recipe, as for all functions here: any QEMU that is not refused at all will do."""
+
+
 def filter_name(number: int) -> str:
-    """See Recipe, as for all functions here."""
     return f"{FILTER}{number}"
 
 
@@ -85,6 +88,11 @@ async def _look_at_device(qmp: Monitor, disk: Filtered) -> None:
     device = disk.disk
     root = await qmp.execute("qom-get", {"path": device.qdev, "property": "drive"})
     refuse(disk, "" if root in (device.root.name, device.backend) else f"its device has {root or 'no medium'} now")
+
+
+def watched(qmp: Monitor, disks: Sequence[Filtered], lost: Callable[[str], None]) -> AbstractAsyncContextManager[None]:
+    """QEMU lets nobody remove a filter, or give its device another node, while snapshot-access stands on it."""
+    return nullcontext()
 
 
 async def free_guest(qmp: Monitor, ours: Collection[str]) -> list[str]:

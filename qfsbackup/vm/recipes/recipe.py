@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,6 +33,10 @@ class Moment:
 class Recipe(Protocol):
     """Of its functions those that undo never raise QmpError: what stays is for `left` to see."""
 
+    def check(self, version: Version) -> None:
+        """Raise UserError where this QEMU cannot do it."""
+        ...
+
     def filter_name(self, number: int) -> str:
         """The node that stands on a disk's root node during a snapshot, and that snapshot-access stands on."""
         ...
@@ -48,6 +52,15 @@ class Recipe(Protocol):
         """From now on, at one instant for all disks, what the guest overwrites is copied first. Nothing is undone here.
 
         `frozen`: no guest writes just now. Raises UserError, QmpError.
+        """
+        ...
+
+    def watched(
+        self, qmp: Monitor, disks: Sequence[Filtered], lost: Callable[[str], None]
+    ) -> AbstractAsyncContextManager[None]:
+        """From here to the end of the block `lost` hears why the snapshot is none any more, if somebody took it down.
+
+        Raises UserError where that has happened already, QmpError.
         """
         ...
 

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: LGPL-2.1-or-later
+"""What the recipe of block jobs has of its own; what it owes as every recipe does: test_recipes."""
+
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from qfsbackup.errors import UserError
+from qfsbackup.vm.cleanup import undo_leftovers
+from qfsbackup.vm.monitors.qmp_socket import connect
+from qfsbackup.vm.ours import JOB
+from tests.faults.support import looks, reads, unmounted, until, until_eio
+from tests.harness.disk import MIB
+from tests.harness.mount import mounted
+from tests.harness.qmp_proxy import OnReply, running_proxy
+from tests.harness.vm import Vm
+from tests.vm.support import copied, guest_io, held, make_source
+from tests.vm.test_recipes import backup, end_backup
+
+pytestmark = [pytest.mark.newest_too, pytest.mark.parametrize("recipe", ["jobs"], indirect=True)]
+
+
+async def clean(vm: Vm) -> None:
+    async with connect(vm.qmp, print) as qmp:
+        await undo_leftovers(qmp)
+
+
+async def test_a_mount_that_dies_at_any_command_is_undone(paused_vm: Vm, tmp_path: Path, recipe: str) -> None:
+    """As QEMU sees it: its connection is gone, and what it had asked for last is done. After looks it is as before."""
+    await paused_vm.monitor.execute("cont")
+    before, numbers = await held(paused_vm), count()
+    for number in numbers:
+        made, complete = make_source(paused_vm, tmp_path, socket=tmp_path / "proxy", recipe=recipe), False
+        async with running_proxy(paused_vm.qmp, made.socket, on_reply=drop_after(number)) as proxy:
+            with suppress(UserError):
+                async with made.snapshot():
+                    complete = True
+        made.socket.unlink()
+        await clean(paused_vm)
+        assert await held(paused_vm) == before, proxy.names[-1:]
+        if complete and made.status.vm_gone is None:
+            break
+    assert next(numbers) > 20
+
+
+def drop_after(number: int) -> OnReply:
+    """A hook for the QMP proxy: so many commands that change something are answered."""
+    passed = 0
+
+    async def hook(name: str, _arguments: dict[str, Any], _reply: dict[str, Any]) -> None:
+        nonlocal passed
+        passed += not looks(name)
+        await trio.lowlevel.checkpoint()
+        if passed > number:
+            raise ConnectionResetError
+
+    return hook
+
+
+async def test_jobs_have_all_disks_at_one_instant_while_the_guest_goes_on_writing(
+    paused_vm: Vm, tmp_path: Path, recipe: str
+) -> None:
+    """It writes a number to one disk, then to the other, for as long as the mount takes: both never differ by more."""
+    await paused_vm.monitor.execute("cont")
+    written = 0
+
+    async def write() -> None:
+        nonlocal written
+        while True:
+            written = written % 250 + 1
+            for name in ("vda", "vdb"):
+                await guest_io(paused_vm, name, f"write -P {written} 0 512")
+
+    async with running_proxy(paused_vm.qmp, tmp_path / "proxy") as proxy, trio.open_nursery() as nursery:
+        nursery.start_soon(write)
+        async with make_source(paused_vm, tmp_path, socket=proxy.path, recipe=recipe).snapshot() as snapshot:
+            assert snapshot.pause_ms == 0
+            vda, vdb = [(await copied(disk, tmp_path / "copy"))[0] for disk in snapshot.disks]
+            assert vda - vdb in (0, 1, -249)
+            assert written not in (vda, vdb)
+        nursery.cancel_scope.cancel()
+    assert not {"stop", "cont", "qom-set"} & set(proxy.names)
+
+
+async def test_a_job_that_somebody_ends_breaks_the_snapshot_at_once(paused_vm: Vm, tmp_path: Path, recipe: str) -> None:
+    """A backup of his would give its own instant to what is left of ours."""
+    before, run = await held(paused_vm), paused_vm.monitor.execute
+    async with mounted(paused_vm.qmp, tmp_path / "mnt", f"recipe={recipe}", expected=(2,)) as mount:
+        assert (await mount.json("vm.json"))["recipe"] == recipe
+        await run("job-pause", id=f"{JOB}0")
+        assert await reads(mount.image("vda")) == bytes(16 * MIB)
+        await run("job-cancel", id=f"{JOB}0")
+
+        async def broken() -> bool:
+            return bool((await mount.status())["broken"])
+
+        await until(broken, timeout=1)  # before anything is read, and sooner than anybody asks
+        assert (await mount.status())["broken"] == f"somebody has ended the block job {JOB}0"
+        await backup(paused_vm, "vda-node", tmp_path)
+        await until_eio(mount.image("vda"))
+        await unmounted(mount.path)
+        assert await mount.process.wait() == 2
+    await end_backup(paused_vm)
+    assert await held(paused_vm) == before

@@ -134,11 +134,15 @@ class RangeSet:
 
     def covers(self, start: int, end: int) -> bool:
         """Is every byte of `[start, end)` inside?"""
-        return start >= end or self.next_outside(start, end) == end
+        borders = self._borders
+        index = bisect_right(borders, start)
+        return start >= end or (index % 2 == 1 and end <= borders[index])
 
     def overlaps(self, start: int, end: int) -> bool:
         """Is any byte of `[start, end)` inside?"""
-        return start < end and (start in self or self.next_inside(start, end) < end)
+        borders = self._borders
+        index = bisect_right(borders, start)
+        return start < end and (index % 2 == 1 or (index < len(borders) and borders[index] < end))
 
     def next_inside(self, offset: int, end: int) -> int:
         """The first offset at or behind `offset` that is inside; `end` where there is none before it."""

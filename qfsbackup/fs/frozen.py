@@ -17,8 +17,8 @@ never given back: QEMU refuses to read what was trimmed.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
 from functools import partial
+from itertools import starmap
 
 from qfsbackup.contracts import Answer, Buffer, Disk
 from qfsbackup.errors import FsError
@@ -30,7 +30,7 @@ from qfsbackup.status import DiskStatus
 
 ZEROS = memoryview(bytes(1 << 20))
 
-Pieces = Sequence[tuple[int, int]]
+Pieces = tuple[tuple[int, int], ...]
 
 
 class FrozenDisk:
@@ -58,36 +58,26 @@ class FrozenDisk:
         With `within`, all outside of that is zeros.
         """
         end = start + length
-        wanted: Pieces = ((start, end),) if within is None else list(within.clip(start, end))
-        if within is None and self.data.covers(start, end):
-            pieces = wanted
-        else:
-            pieces = [piece for part in wanted for piece in self.data.clip(*part)]
+        wanted = ((start, end),) if within is None else tuple(within.clip(start, end))
+        whole = within is None and self.data.covers(start, end)
+        pieces = wanted if whole else tuple(piece for part in wanted for piece in self.data.clip(*part))
         then = partial(self._answer, pieces, answer)
-        error = self._refusal(wanted)
-        if error:
-            then(error)
-        elif not pieces:
-            then(zeros(length))
-        elif pieces[0] == (start, end):
+        if self._health.broken:
+            then(b"")  # which it is not given
+        elif self._released and any(starmap(self._released.overlaps, wanted)):
+            then(FsError(errno.EIO, f"of [{start}, {end}) at least a part was released"))
+        elif whole:
             self._disk.read(start, length, then)
-        else:
+        elif pieces:
             gather = Gather(length, len(pieces), then)
             for first, last in pieces:
                 self._disk.read(first, last - first, gather.at(first - start))
-
-    def _refusal(self, wanted: Pieces) -> FsError | None:
-        if self._health.broken:
-            return FsError(errno.EIO, f"the snapshot is broken: {self._health.broken}")
-        if self._released:
-            for start, end in wanted:
-                if self._released.overlaps(start, end):
-                    return FsError(errno.EIO, f"[{start}, {end}) was released, at least in part")
-        return None
+        else:
+            then(zeros(length))
 
     def _answer(self, pieces: Pieces, answer: Answer, content: Buffer | FsError) -> None:
         if self._health.broken:
-            content = self._refusal(()) or content
+            content = FsError(errno.EIO, f"the snapshot is broken: {self._health.broken}")
         if isinstance(content, FsError):
             self._figures.read_errors += 1
         else:

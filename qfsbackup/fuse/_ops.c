@@ -9,14 +9,16 @@
  *     pyfuse3 --fuse_session_new(table)--> this file --fuse_session_new(table + 4)--> libfuse
  *
  * From libfuse 3.17 on fuse_session_new is an inline function over fuse_session_new_versioned, so that one is taken.
- * The callbacks run in the thread that runs trio, inside fuse_session_process_buf, and return at once; the answer is
- * given by one of the reply functions, exactly once a request, now or later.
+ * The callbacks run in the thread that runs trio, inside fuse_session_process_buf, and return at once. Each gets an
+ * Answer, which is called now or later with what the request gets: bytes, an int for the offset of lseek, None for mere
+ * success, or an FsError. Only its first call counts, and none once the session is over: libfuse has freed the request.
+ * One that is dropped without a call is EIO: no reader waits for ever.
  *
  * In the same way fuse_session_receive_buf is ours. A trip through trio for the request, and one more for the reply of
  * the NBD server, cost several times what answering a small read does. So reads never get to pyfuse3:
  *
  *     pyfuse3 --receive_buf--> receive a request --another one--> pyfuse3
- *                                 ^       '--a read--> on_read ... poll: a socket --> its callable --> answer
+ *                                 ^       '--a read--> handle.read ... poll: a socket --> its callable --> answer
  *                                 '----------------------------------'  '--nothing came, or LONGEST is over--> EINTR
  */
 #define FUSE_USE_VERSION 312
@@ -29,6 +31,7 @@
 #include <linux/fuse.h>
 #include <poll.h>
 #include <sched.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
@@ -39,28 +42,119 @@
 #define MOST_SOCKETS 64   /* that are looked at without the event loop */
 #define SMALL 65536       /* bytes of a read */
 
-static PyObject *on_fallocate, *on_ioctl, *on_lseek, *on_read; /* callables, set by install() */
+static PyObject *on_fallocate, *on_ioctl, *on_lseek, *on_defect; /* callables, set by install() */
+static PyObject *handles; /* a dict: file handle -> what has read(offset, length, answer) */
 static PyObject *sockets; /* a dict: file descriptor -> callable */
 static int extended;      /* has a session been made with our table? */
 static int is_over;       /* may no request be answered any more? */
 static int needs_loop;    /* does a task work, which the event loop has to run? */
 static int was_small;     /* was the last read one? */
 
-/* Calls `callable(*arguments)`; steals `arguments`. A callback that raises is answered with EIO, and its exception goes
- * to sys.unraisablehook, as do all here (see defects.py). Needs the GIL. */
-static void dispatch(PyObject *callable, PyObject *arguments, fuse_req_t request)
-{
-    PyObject *result;
+typedef struct {
+    PyObject_HEAD
+    vectorcallfunc vectorcall;
+    fuse_req_t request; /* NULL once it was answered */
+} Answer;
 
-    Py_INCREF(callable); /* it is borrowed from a variable, which the call may change */
-    result = arguments ? PyObject_CallObject(callable, arguments) : NULL;
-    if (!result) {
-        PyErr_WriteUnraisable(callable);
-        fuse_reply_err(request, EIO);
+static PyObject *read_name;
+
+static void answer_errno(PyObject *answer, int number)
+{
+    fuse_req_t request = ((Answer *)answer)->request;
+
+    ((Answer *)answer)->request = NULL;
+    if (request && !is_over)
+        fuse_reply_err(request, number);
+}
+
+/* answer(content) */
+static PyObject *answer_call(PyObject *self, PyObject *const *arguments, size_t count, PyObject *names)
+{
+    fuse_req_t request = ((Answer *)self)->request;
+    PyObject *content = PyVectorcall_NARGS(count) == 1 ? arguments[0] : NULL, *number;
+    Py_buffer bytes;
+
+    if (!content)
+        return PyErr_Format(PyExc_TypeError, "an answer takes what the request gets");
+    if (!request || is_over)
+        Py_RETURN_NONE;
+    if (PyObject_CheckBuffer(content)) {
+        if (PyObject_GetBuffer(content, &bytes, PyBUF_SIMPLE) < 0)
+            return NULL;
+        ((Answer *)self)->request = NULL;
+        fuse_reply_buf(request, bytes.buf, (size_t)bytes.len);
+        PyBuffer_Release(&bytes);
+    } else if (PyLong_Check(content)) {
+        ((Answer *)self)->request = NULL;
+        fuse_reply_lseek(request, PyLong_AsLongLong(content));
+    } else if (content == Py_None) {
+        answer_errno(self, 0);
+    } else {
+        if (!(number = PyObject_GetAttrString(content, "errno")))
+            return NULL;
+        answer_errno(self, (int)PyLong_AsLong(number));
+        Py_DECREF(number);
     }
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
+static void answer_dealloc(PyObject *self)
+{
+    answer_errno(self, EIO);
+    Py_TYPE(self)->tp_free(self);
+}
+
+static PyTypeObject answer_type = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "qfsbackup.fuse._ops.Answer",
+    .tp_doc = "What one request gets is what this is called with.",
+    .tp_basicsize = sizeof(Answer),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL,
+    .tp_vectorcall_offset = offsetof(Answer, vectorcall),
+    .tp_call = PyVectorcall_Call,
+    .tp_dealloc = answer_dealloc,
+};
+
+static PyObject *answer_to(fuse_req_t request)
+{
+    Answer *answer = PyObject_New(Answer, &answer_type);
+
+    if (!answer)
+        return NULL;
+    answer->vectorcall = answer_call;
+    answer->request = request;
+    return (PyObject *)answer;
+}
+
+/* A call has raised, and so its request gets EIO. on_defect is told what it raised; what that raises goes to
+ * sys.unraisablehook, as all else here does (see defects.py). */
+static void failed(PyObject *answer)
+{
+    PyObject *type, *value, *traceback, *result;
+
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    if (traceback)
+        PyException_SetTraceback(value, traceback);
+    if (answer)
+        answer_errno(answer, EIO);
+    result = PyObject_CallOneArg(on_defect, value);
+    if (!result)
+        PyErr_WriteUnraisable(on_defect);
+    Py_XDECREF(result);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+}
+
+/* Calls `callable(*arguments)`, of which the first is an Answer; steals `arguments`. Needs the GIL. */
+static void dispatch(PyObject *callable, PyObject *arguments)
+{
+    PyObject *result = arguments ? PyObject_CallObject(callable, arguments) : NULL;
+
+    if (!result)
+        failed(arguments ? PyTuple_GET_ITEM(arguments, 0) : NULL);
     Py_XDECREF(result);
     Py_XDECREF(arguments);
-    Py_DECREF(callable);
 }
 
 static void op_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t offset, off_t length,
@@ -68,10 +162,8 @@ static void op_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t o
 {
     PyGILState_STATE gil = PyGILState_Ensure();
 
-    dispatch(on_fallocate,
-             Py_BuildValue("KKiLL", (unsigned long long)(uintptr_t)request, (unsigned long long)info->fh, mode,
-                           (long long)offset, (long long)length),
-             request);
+    dispatch(on_fallocate, Py_BuildValue("NKiLL", answer_to(request), (unsigned long long)info->fh, mode,
+                                         (long long)offset, (long long)length));
     PyGILState_Release(gil);
 }
 
@@ -86,10 +178,8 @@ static void op_ioctl(fuse_req_t request, fuse_ino_t inode, unsigned command, voi
         return;
     }
     gil = PyGILState_Ensure();
-    dispatch(on_ioctl,
-             Py_BuildValue("KKIy#", (unsigned long long)(uintptr_t)request, (unsigned long long)info->fh,
-                           command, content ? content : "", (Py_ssize_t)length),
-             request);
+    dispatch(on_ioctl, Py_BuildValue("NKIy#", answer_to(request), (unsigned long long)info->fh, command,
+                                     content ? content : "", (Py_ssize_t)length));
     PyGILState_Release(gil);
 }
 
@@ -97,10 +187,8 @@ static void op_lseek(fuse_req_t request, fuse_ino_t inode, off_t offset, int whe
 {
     PyGILState_STATE gil = PyGILState_Ensure();
 
-    dispatch(on_lseek,
-             Py_BuildValue("KKLi", (unsigned long long)(uintptr_t)request, (unsigned long long)info->fh,
-                           (long long)offset, whence),
-             request);
+    dispatch(on_lseek, Py_BuildValue("NKLi", answer_to(request), (unsigned long long)info->fh, (long long)offset,
+                                     whence));
     PyGILState_Release(gil);
 }
 
@@ -108,11 +196,22 @@ static void op_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t o
 {
     PyGILState_STATE gil = PyGILState_Ensure();
 
+    PyObject *number = PyLong_FromUnsignedLongLong(info->fh), *result = NULL;
+    PyObject *arguments[] = {Py_XNewRef(number ? PyDict_GetItemWithError(handles, number) : NULL),
+                             PyLong_FromLongLong(offset), PyLong_FromSize_t(length), answer_to(request)};
+    size_t i;
+
     was_small = length <= SMALL;
-    dispatch(on_read,
-             Py_BuildValue("KKLn", (unsigned long long)(uintptr_t)request, (unsigned long long)info->fh,
-                           (long long)offset, (Py_ssize_t)length),
-             request);
+    if (arguments[0] && arguments[1] && arguments[2] && arguments[3])
+        result = PyObject_VectorcallMethod(read_name, arguments, 4, NULL);
+    else if (!PyErr_Occurred())
+        PyErr_SetObject(PyExc_KeyError, number);
+    if (!result)
+        failed(arguments[3]);
+    Py_XDECREF(result);
+    Py_XDECREF(number);
+    for (i = 0; i < 4; i++)
+        Py_XDECREF(arguments[i]);
     PyGILState_Release(gil);
 }
 
@@ -136,7 +235,7 @@ static void extend(struct fuse_lowlevel_ops *table, const struct fuse_lowlevel_o
 {
     memset(table, 0, sizeof *table);
     memcpy(table, given, size < sizeof *table ? size : sizeof *table);
-    if (!on_read)
+    if (!handles)
         return;
     table->fallocate = op_fallocate;
     table->ioctl = op_ioctl;
@@ -275,7 +374,7 @@ int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buff
     do {
         int length = receive(session, buffer);
 
-        if (length <= 0 || !on_read || !is_read(buffer, length))
+        if (length <= 0 || !handles || !is_read(buffer, length))
             return length;
         fuse_session_process_buf(session, buffer);
     } while (!needs_loop && next_request(polled.fd, until));
@@ -284,14 +383,15 @@ int fuse_session_receive_buf(struct fuse_session *session, struct fuse_buf *buff
 
 static PyObject *install(PyObject *self, PyObject *arguments)
 {
-    PyObject *fallocate, *ioctl, *lseek, *read, *dict;
+    PyObject *fallocate, *ioctl, *lseek, *defect, *opened, *dict;
 
-    if (!PyArg_ParseTuple(arguments, "OOOOO!", &fallocate, &ioctl, &lseek, &read, &PyDict_Type, &dict))
+    if (!PyArg_ParseTuple(arguments, "OOOOO!O!", &fallocate, &ioctl, &lseek, &defect, &PyDict_Type, &opened, &PyDict_Type, &dict))
         return NULL;
     Py_XSETREF(on_fallocate, Py_NewRef(fallocate));
     Py_XSETREF(on_ioctl, Py_NewRef(ioctl));
     Py_XSETREF(on_lseek, Py_NewRef(lseek));
-    Py_XSETREF(on_read, Py_NewRef(read));
+    Py_XSETREF(handles, Py_NewRef(opened));
+    Py_XSETREF(on_defect, Py_NewRef(defect));
     Py_XSETREF(sockets, Py_NewRef(dict));
     Py_RETURN_NONE;
 }
@@ -308,69 +408,20 @@ static PyObject *end(PyObject *self, PyObject *unused)
     Py_RETURN_NONE;
 }
 
-static PyObject *answer(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
-{
-    fuse_req_t request = count == 2 ? (fuse_req_t)(uintptr_t)PyLong_AsUnsignedLongLong(arguments[0]) : NULL;
-    Py_buffer content;
-    PyObject *number;
-
-    if (!request)
-        return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_TypeError, "answer(request, content)");
-    if (is_over)
-        Py_RETURN_NONE;
-    if (PyObject_CheckBuffer(arguments[1])) {
-        if (PyObject_GetBuffer(arguments[1], &content, PyBUF_SIMPLE) < 0)
-            return NULL;
-        fuse_reply_buf(request, content.buf, (size_t)content.len);
-        PyBuffer_Release(&content);
-        Py_RETURN_NONE;
-    }
-    if (!(number = PyObject_GetAttrString(arguments[1], "errno")))
-        return NULL;
-    fuse_reply_err(request, (int)PyLong_AsLong(number));
-    Py_DECREF(number);
-    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
-}
-
 static PyObject *is_extended(PyObject *self, PyObject *unused)
 {
     return PyBool_FromLong(extended);
 }
 
-static PyObject *reply_errno(PyObject *self, PyObject *arguments)
-{
-    unsigned long long request;
-    int number;
-
-    if (!PyArg_ParseTuple(arguments, "Ki", &request, &number))
-        return NULL;
-    fuse_reply_err((fuse_req_t)(uintptr_t)request, number);
-    Py_RETURN_NONE;
-}
-
-static PyObject *reply_offset(PyObject *self, PyObject *arguments)
-{
-    unsigned long long request;
-    long long offset;
-
-    if (!PyArg_ParseTuple(arguments, "KL", &request, &offset))
-        return NULL;
-    fuse_reply_lseek((fuse_req_t)(uintptr_t)request, offset);
-    Py_RETURN_NONE;
-}
-
 static PyMethodDef methods[] = {
     {"install", install, METH_VARARGS,
-     "install(fallocate, ioctl, lseek, read, sockets): fallocate(request, fh, mode, offset, length), ioctl(request, fh,\n"
-     "command, content), lseek(request, fh, offset, whence), read(request, fh, offset, length); sockets: {descriptor:\n"
-     "what to call when it is readable}, looked at without the event loop."},
-    {"answer", (PyCFunction)(void (*)(void))answer, METH_FASTCALL,
-     "answer(request, content): the bytes that a request gets, or an FsError; nothing once the session is over."},
+     "install(fallocate, ioctl, lseek, defect, handles, sockets): fallocate(answer, fh, mode, offset, length), ioctl(answer,\n"
+     "fh, command, content), lseek(answer, fh, offset, whence); defect(exception), for what these and read raise;\n"
+     "handles: {fh: what has read(offset, length, answer)}; sockets: {descriptor: what to call when it is readable}, looked\n"
+     "at without the event loop."},
     {"needs_loop", set_needs_loop, METH_O, "needs_loop(flag): is there a task that the event loop has to run."},
     {"end", end, METH_NOARGS, "end(): the session is over, and no request may be answered any more."},
     {"is_extended", is_extended, METH_NOARGS, "Has a FUSE session been made with our operations?"},
-    {"reply_errno", reply_errno, METH_VARARGS, "reply_errno(request, errno): errno 0 is success."},
-    {"reply_offset", reply_offset, METH_VARARGS, "reply_offset(request, offset): the answer of lseek."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -380,5 +431,8 @@ static struct PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__ops(void)
 {
-    return PyModule_Create(&definition);
+    PyObject *module = PyModule_Create(&definition);
+
+    read_name = PyUnicode_InternFromString("read");
+    return module && read_name && PyModule_AddType(module, &answer_type) == 0 ? module : NULL;
 }

@@ -3,17 +3,19 @@ from collections.abc import Callable, Mapping
 
 from qfsbackup.contracts import Buffer
 from qfsbackup.errors import FsError
+from qfsbackup.fs.node import Handle
+
+class Answer:
+    def __call__(self, content: Buffer | int | FsError | None, /) -> None: ...
 
 def install(
-    fallocate: Callable[[int, int, int, int, int], None],
-    ioctl: Callable[[int, int, int, bytes], None],
-    lseek: Callable[[int, int, int, int], None],
-    read: Callable[[int, int, int, int], None],
+    fallocate: Callable[[Answer, int, int, int, int], None],
+    ioctl: Callable[[Answer, int, int, bytes], None],
+    lseek: Callable[[Answer, int, int, int], None],
+    defect: Callable[[Exception], None],
+    handles: Mapping[int, Handle],
     sockets: Mapping[int, Callable[[], None]],
 ) -> None: ...
 def needs_loop(flag: bool, /) -> None: ...
 def end() -> None: ...
-def answer(request: int, content: Buffer | FsError, /) -> None: ...
 def is_extended() -> bool: ...
-def reply_errno(request: int, number: int, /) -> None: ...
-def reply_offset(request: int, offset: int, /) -> None: ...

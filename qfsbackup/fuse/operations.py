@@ -20,7 +20,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import pyfuse3
 import trio
 
-from qfsbackup.contracts import Buffer
 from qfsbackup.errors import FsError
 from qfsbackup.facts import Sockets
 from qfsbackup.fs.control import GIVE, Control
@@ -29,7 +28,7 @@ from qfsbackup.fs.maps import MapFile
 from qfsbackup.fs.node import Attributes, Directory, File, Handle, Node
 from qfsbackup.fs.tree import Tree
 from qfsbackup.fuse import _ops
-from qfsbackup.fuse.from_c import called_from_c
+from qfsbackup.fuse._ops import Answer
 from qfsbackup.fuse.read_only import ReadOnly
 
 log = logging.getLogger(__name__)
@@ -94,24 +93,24 @@ class Operations(ReadOnly):
     def __init__(self, root: Tree, permissions: Permissions, sockets: Sockets) -> None:
         super().__init__()
         self._permissions = permissions
-        self._tasks: trio.Nursery | None = None  # there is one while the kernel may be answered
+        self._tasks: trio.Nursery  # as long as the kernel may be answered
         self._root = root
         self._nodes: dict[int, Node] = {pyfuse3.ROOT_INODE: root}
         self._handles: dict[int, Handle] = {}
         self._next_handle = 0
         self._working = 0  # tasks that will answer a request
-        _ops.install(self._fallocate, self._ioctl, self._lseek, self._read, sockets)
+        _ops.install(self._fallocate, self._ioctl, self._lseek, self._defect, self._handles, sockets)
 
     async def serve(self) -> None:
         """Answer the kernel until it ends the session. Cancelled, it has no request left that it would still answer."""
-        async with trio.open_nursery() as nursery:
-            self._tasks = nursery
-            try:
-                await pyfuse3.main()
-            finally:
-                self._tasks = None
-                _ops.end()
-            nursery.cancel_scope.cancel()
+        try:
+            async with trio.open_nursery() as self._tasks:
+                try:
+                    await pyfuse3.main()
+                finally:
+                    self._tasks.cancel_scope.cancel()
+        finally:
+            _ops.end()
 
     def _entry(self, attributes: Attributes) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
@@ -219,61 +218,51 @@ class Operations(ReadOnly):
         answer.f_namemax = 255
         return answer
 
-    @called_from_c
-    def _lseek(self, request: int, fh: int, offset: int, whence: int) -> None:
+    def _lseek(self, answer: Answer, fh: int, offset: int, whence: int) -> None:
         try:
-            found = self._handles[fh].seek(offset, whence)
+            answer(self._handles[fh].seek(offset, whence))
         except FsError as error:
-            _ops.reply_errno(request, error.errno)
-        else:
-            _ops.reply_offset(request, found)
+            answer(error)
 
-    @called_from_c
-    def _read(self, request: int, fh: int, offset: int, length: int) -> None:
-        self._handles[fh].read(offset, length, partial(_ops.answer, request))
-
-    @called_from_c
-    def _fallocate(self, request: int, fh: int, mode: int, offset: int, length: int) -> None:
+    def _fallocate(self, answer: Answer, fh: int, mode: int, offset: int, length: int) -> None:
         if mode == PUNCH_HOLE:
-            self._start(request, partial(self._handles[fh].punch, offset, length))
+            self._start(answer, partial(self._handles[fh].punch, offset, length))
         else:
-            _ops.reply_errno(request, errno.EOPNOTSUPP)
+            answer(FsError(errno.EOPNOTSUPP, f"fallocate with mode {mode}"))
 
-    @called_from_c
-    def _ioctl(self, request: int, fh: int, command: int, content: bytes) -> None:
+    def _ioctl(self, answer: Answer, fh: int, command: int, content: bytes) -> None:
         handle = self._handles[fh]
         if command == GIVE and isinstance(handle, Control):
-            self._start(request, partial(self._give, handle, content))
+            self._start(answer, partial(self._give, handle, content))
         else:
-            _ops.reply_errno(request, errno.ENOTTY)
+            answer(FsError(errno.ENOTTY, f"ioctl {command}"))
 
-    async def _give(self, control: Control, words: bytes) -> Buffer:
+    async def _give(self, control: Control, words: bytes) -> bytes:
         await control.write(words)
         return IOCTL_DONE
 
-    def _start(self, request: int, work: Callable[[], Awaitable[Buffer | None]]) -> None:
-        if self._tasks:
-            self._works(1)
-            self._tasks.start_soon(self._reply, request, work)
+    def _defect(self, error: Exception) -> None:
+        """A request raised, and gets EIO: it is its own affair."""
+        log.error("a request failed", exc_info=error)
+
+    def _start(self, answer: Answer, work: Callable[[], Awaitable[bytes | None]]) -> None:
+        self._works(1)
+        self._tasks.start_soon(self._answer, answer, work)
 
     def _works(self, more: int) -> None:
         """So many tasks more work; as long as there is one, it needs the event loop."""
         self._working += more
         _ops.needs_loop(self._working > 0)
 
-    async def _reply(self, request: int, work: Callable[[], Awaitable[Buffer | None]]) -> None:
-        """Do the work and answer, with its bytes or an errno; also when cancelled, while there is a session."""
-        content, number = None, errno.EIO
+    async def _answer(self, answer: Answer, work: Callable[[], Awaitable[bytes | None]]) -> None:
+        """Do the work and answer; one that is cancelled gets EIO."""
         try:
-            content, number = await work(), 0
+            answer(await work())
         except FsError as error:
             log.debug("%s", error)
-            number = error.errno
+            answer(error)
         except Exception:
             log.exception("a request failed")
         finally:
             self._works(-1)
-            if content is None:
-                _ops.reply_errno(request, number)
-            else:
-                _ops.answer(request, content)
+            answer(FsError(errno.EIO, "it was not done"))  # which counts where there was no answer

@@ -14,11 +14,9 @@
  *
  * Whose memory is what:
  *
- * - A slot's buffer is a bytearray. libnbd writes to it from nbd_aio_pread on until nbd_aio_command_completed has told
- *   that the read is over. A lane that is closed before that keeps its reference for ever, for nobody can say when that
- *   is.
- * - The content that an answer is called with is a view of that bytearray. Whoever keeps it, or a view of it, keeps the
- *   bytearray: the slot then takes a new one, and what was read stays as it is.
+ * - A slot's buffer is its own. libnbd writes to it from nbd_aio_pread on until nbd_aio_command_completed has told that
+ *   the read is over. What is still in use when the lane is closed is never given back, for nobody can say when that is.
+ * - What an answer is called with is a copy: of 4 KiB it costs less than whatever would spare it.
  * - The handle is libnbd's; the lane holds a reference to the NBD object, and nobody may close that.
  * - The borders of what may be read are a buffer of an array, which cannot change its size while the lane holds it. No
  *   pointer into it outlives a call: a read in flight does not need them, and so they may change meanwhile.
@@ -39,7 +37,7 @@ typedef struct {
     unsigned long long start;
     Py_ssize_t length;
     PyObject *answer;
-    PyObject *buffer; /* a bytearray of LONGEST, NULL until there is need of one */
+    char *buffer; /* of LONGEST bytes, NULL until there is need of one */
 } Slot;
 
 typedef struct {
@@ -173,9 +171,9 @@ static PyObject *lane_read(Lane *self, PyObject *const *arguments, Py_ssize_t co
     if (goes_on(self, start, start + length) || start + length > self->size || !may_go(self, first, last))
         return PyLong_FromLong(0);
     slot = &self->slot[self->in_flight];
-    if (!slot->buffer && !(slot->buffer = PyByteArray_FromStringAndSize(NULL, LONGEST)))
-        return NULL;
-    slot->cookie = nbd_aio_pread(self->handle, PyByteArray_AS_STRING(slot->buffer), last - first, first, NBD_NULL_COMPLETION, 0);
+    if (!slot->buffer && !(slot->buffer = PyMem_Malloc(LONGEST)))
+        return PyErr_NoMemory();
+    slot->cookie = nbd_aio_pread(self->handle, slot->buffer, last - first, first, NBD_NULL_COMPLETION, 0);
     if (slot->cookie < 0)
         return PyLong_FromLong(0);
     slot->first = first;
@@ -192,19 +190,6 @@ static PyObject *lane_read(Lane *self, PyObject *const *arguments, Py_ssize_t co
         Py_XDECREF(result);
     }
     return PyLong_FromUnsignedLongLong(last - first);
-}
-
-/* What was read for a slot. */
-static PyObject *content_of(const Slot *slot)
-{
-    unsigned long long start = slot->start - slot->first;
-    PyObject *all = PyMemoryView_FromObject(slot->buffer), *content;
-
-    if (!all)
-        return NULL;
-    content = PySequence_GetSlice(all, (Py_ssize_t)start, (Py_ssize_t)start + slot->length);
-    Py_DECREF(all);
-    return content;
 }
 
 /* Takes a read out of the table. Its buffer stays with it. */
@@ -235,16 +220,13 @@ static void tell(Lane *self, const Slot *slot, PyObject *content)
 static void settle(Lane *self, int index, int has_come)
 {
     Slot slot = taken_out(self, index), *freed = &self->slot[self->in_flight];
-    PyObject *content = has_come ? content_of(&slot) : NULL;
+    PyObject *content = has_come ? PyBytes_FromStringAndSize(slot.buffer + (slot.start - slot.first), slot.length) : NULL;
 
+    freed->buffer = slot.buffer;
     if (has_come && !content)
         PyErr_Clear();
     tell(self, &slot, content);
     Py_XDECREF(content);
-    if (freed->buffer || Py_REFCNT(slot.buffer) > 1) /* somebody has kept what was read */
-        Py_DECREF(slot.buffer);
-    else
-        freed->buffer = slot.buffer;
 }
 
 static PyObject *lane_receive(Lane *self, PyObject *unused)
@@ -373,7 +355,7 @@ static void lane_dealloc(Lane *self)
     for (i = 0; i < self->in_flight; i++)
         Py_DECREF(self->slot[i].answer);
     for (; i < SLOTS; i++)
-        Py_XDECREF(self->slot[i].buffer);
+        PyMem_Free(self->slot[i].buffer);
     PyBuffer_Release(&self->data);
     Py_TYPE(self)->tp_free((PyObject *)self);
 }

@@ -146,9 +146,16 @@ class Source:
 
     name: str  # in /proc/mounts and for other commands: the same from every folder, and `find` finds it again
     place: str  # what its default mountpoint is called after: the same for every run of the same VM
+    kind: str  # what a person is told that it is
 
     def check(self, options: Options) -> None:
         """Raises UserError where an option asks for what this kind does not have."""
+        if options.target:
+            hint = "target= needs a VM's QMP socket: leave it out here."
+            raise UserError(f"{self.kind} keeps no checkpoints", hint, EXIT_USAGE)
+        if options.agent or options.freeze == "require":
+            hint = "agent= and freeze=require need a VM's QMP socket."
+            raise UserError(f"{self.kind} has no guest to freeze", hint, EXIT_USAGE)
 
     def is_there(self) -> bool:
         """May something of ours be in a VM, and be undone some time. False where the VM is off."""
@@ -172,7 +179,7 @@ class Source:
     async def checkpoints(self, options: Options) -> list[str]:
         """What each target has committed, a line for each of its disks. Raises UserError."""
         hint = "Name a VM's QMP socket, or the image of a VM that is off."
-        raise UserError(f"{self.name} keeps no checkpoints", hint, EXIT_USAGE)
+        raise UserError(f"{self.kind} keeps no checkpoints", hint, EXIT_USAGE)
 
     async def forget(self, options: Options, target: str, *, others: bool) -> list[str]:
         """Delete a target's checkpoints, and its bitmaps. What was removed, a line each. Raises UserError.

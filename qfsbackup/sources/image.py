@@ -26,10 +26,15 @@ QCOW2_MAGIC = b"QFI\xfb"
 class ImageSource(Source):
     """A file, or a block device."""
 
+    kind = "a disk image"
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self.name = str(path)
         self.place = os.path.realpath(path)
+
+    def check(self, options: Options) -> None:
+        """Whatever the options are, there is no snapshot."""
 
     def is_there(self) -> bool:
         """It is no VM that may be off."""

@@ -24,18 +24,15 @@ DIRTY_BITMAP = "qemu:dirty-bitmap:"
 
 
 class UriSource(Source):
-    """The exports behind an NBD URI; see contracts.Source."""
+    """The exports behind an NBD URI."""
+
+    kind = "an NBD server"
 
     def __init__(self, uri: str) -> None:
         self.name = self.place = uri
 
     def check(self, options: Options) -> None:
-        if options.target:
-            hint = "target= needs a VM's QMP socket: leave it out here."
-            raise UserError("an NBD server keeps no checkpoints", hint, EXIT_USAGE)
-        if options.agent or options.freeze == "require":
-            hint = "agent= and freeze=require need a VM's QMP socket."
-            raise UserError("an NBD server has no guest to freeze", hint, EXIT_USAGE)
+        super().check(options)
         if options.discard == "release" and not options.trim_server_data:
             hint = "Leave it out, or say that this data may go once it was read: -o trim-server-data."
             raise UserError("discard=release would trim the server's own data", hint, EXIT_USAGE)

@@ -22,6 +22,8 @@ from qfsbackup.vm.monitor import Monitor
 class VmSource(Source, ABC):
     """A VM; `fallback` is what it is called where nobody has given it a name."""
 
+    kind = "a VM"
+
     def __init__(self, name: str, *, place: str, fallback: str) -> None:
         self.name = name
         self.place = place

@@ -72,7 +72,7 @@ DOMAIN = """
   <devices>
     <emulator>{emulator}</emulator>
     {disks}{devices}
-    <controller type='usb' model='none'/><controller type='scsi' model='virtio-scsi'/><memballoon model='none'/>
+    <controller type='scsi' model='virtio-scsi'/><memballoon model='none'/>
     <serial type='file'><source path='{folder}/{name}.console'/></serial>
     <channel type='unix'>
       <source mode='bind' path='{folder}/{name}.shell'/><target type='virtio' name='qfs.shell'/>

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 from qfsbackup.errors import EXIT_USAGE, UserError
 from qfsbackup.options import Options
 from qfsbackup.sources.vm import VmSource
+from qfsbackup.vm.agent import GuestAgent
+from qfsbackup.vm.agents.domain_agent import DomainAgent
 from qfsbackup.vm.monitor import Monitor
 from qfsbackup.vm.presence import domain_processes
 
@@ -33,6 +35,14 @@ class LibvirtSource(VmSource):
         from qfsbackup.vm.monitors.libvirt import connect
 
         return connect(self._uri, self._domain, on_gone)
+
+    def agent(self, options: Options) -> GuestAgent:  # noqa: ARG002 - `check` refuses agent=
+        """See VmSource: libvirt has it, if the domain has one."""
+        return DomainAgent(self._uri, self._domain)
+
+    def agent_called(self, name: str) -> GuestAgent:  # noqa: ARG002 - there is but one
+        """See VmSource."""
+        return DomainAgent(self._uri, self._domain)
 
     def is_there(self) -> bool:
         """Is a QEMU of this name to be seen: libvirtd, which would know better, may be away."""

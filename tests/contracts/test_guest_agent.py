@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What every GuestAgent promises (vm/agent.py), with a real guest behind it. A new one is a line in AGENTS."""
 
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,10 @@ import trio
 
 from qfsbackup.vm.agent import ANSWER_TIMEOUT, Agent, AgentError, GuestAgent
 from qfsbackup.vm.agents.agent_socket import AgentSocket
+from qfsbackup.vm.agents.domain_agent import DomainAgent
 from tests.harness.disk import Disk
-from tests.harness.qemu import selected
+from tests.harness.libvirt import MISSING, libvirt
+from tests.harness.qemu import available, selected
 from tests.harness.shell import Shell
 from tests.harness.vm import running_vm
 
@@ -38,7 +42,17 @@ async def by_socket(folder: Path) -> AsyncIterator[Bed]:
         yield Bed(AgentSocket(vm.agent), vm.shell, vm.process.send)
 
 
-AGENTS: dict[str, Callable[[Path], AbstractAsyncContextManager[Bed]]] = {"socket": by_socket}
+@asynccontextmanager
+async def by_libvirt(folder: Path) -> AsyncIterator[Bed]:
+    """A domain's."""
+    if MISSING:
+        pytest.skip(f"{MISSING} is not installed")
+    disks = [Disk("vda", folder / "vda.raw")]
+    async with libvirt(folder) as host, host.domain(available()[0], folder, disks, guest=True) as domain:
+        yield Bed(DomainAgent(host.uri, domain.name), domain.shell, partial(os.kill, domain.pid))
+
+
+AGENTS: dict[str, Callable[[Path], AbstractAsyncContextManager[Bed]]] = {"socket": by_socket, "libvirt": by_libvirt}
 
 
 @pytest.mark.parametrize("kind", AGENTS)

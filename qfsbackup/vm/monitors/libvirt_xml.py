@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""What a domain's XML says of its disks."""
+"""What a domain's XML says of its disks, and of its guest's agent."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 
@@ -15,3 +16,12 @@ def targets(xml: str) -> Mapping[str, str]:
         if alias is not None and target is not None:
             names[alias.get("name", "")] = target.get("dev", "")
     return names
+
+
+def agent_socket(xml: str) -> Path | None:
+    """The guest agent's socket, which is libvirtd's for as long as that lives."""
+    for channel in ET.fromstring(xml).iterfind("devices/channel"):  # noqa: S314 - it is libvirt's own
+        source, target = channel.find("source"), channel.find("target")
+        if source is not None and target is not None and target.get("name") == "org.qemu.guest_agent.0":
+            return Path(source.get("path", ""))
+    return None

@@ -36,11 +36,11 @@ class LibvirtSource(VmSource):
 
         return connect(self._uri, self._domain, on_gone)
 
-    def agent(self, options: Options) -> GuestAgent:  # noqa: ARG002 - `check` refuses agent=
+    def agent(self, options: Options) -> GuestAgent:
         """See VmSource: libvirt has it, if the domain has one."""
         return DomainAgent(self._uri, self._domain)
 
-    def agent_called(self, name: str) -> GuestAgent:  # noqa: ARG002 - there is but one
+    def agent_called(self, name: str) -> GuestAgent:
         """See VmSource."""
         return DomainAgent(self._uri, self._domain)
 

@@ -6,7 +6,7 @@ restore   what becomes of a backup again         mount    one mount's life
 fuse      the kernel side                        fs       what people see
 sources   where a snapshot comes from            nbd      the bytes of a disk
 state     checkpoints                            vm       what can be done to a running QEMU
-contracts, facts, status, mounts, progress, log, errors, ranges, patience   what they share
+What they share stands beside them. docs/architecture.md shows how it all works together.
 """
 
 __version__ = "0.1.0"

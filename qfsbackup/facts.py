@@ -24,9 +24,14 @@ MOST_CHUNKS = 65536  # of a disk: 256 folders of 256
 CLUSTER = 64 * 1024  # QEMU's copy-before-write unit over a raw fleecing file (block/copy-before-write.c)
 
 
+def count(size: int, chunk: int) -> int:
+    """How many chunks a disk of `size` bytes has."""
+    return -(-size // chunk)
+
+
 def fitting(size: int, chunk: int) -> int:
     """`chunk`, doubled until a disk of `size` bytes has at most MOST_CHUNKS of them."""
-    while -(-size // chunk) > MOST_CHUNKS:
+    while count(size, chunk) > MOST_CHUNKS:
         chunk *= 2
     return chunk
 

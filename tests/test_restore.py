@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qfsbackup.backup.chunk_set import find_chunks
+from qfsbackup.backup.names import chunk_path
 from qfsbackup.errors import UserError
-from qfsbackup.fs.chunks import chunk_path
-from qfsbackup.restore.chunk_set import find_chunks
 from qfsbackup.restore.restore import restore
 from tests.harness.chunk_set import CHUNK, cut, describe, make_content
 from tests.harness.files import allocated

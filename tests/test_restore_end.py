@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qfsbackup.backup.names import chunk_path
+from qfsbackup.backup.partitions import HEAD, least_size
 from qfsbackup.errors import UserError
-from qfsbackup.fs.chunks import chunk_path
-from qfsbackup.restore.partitions import HEAD, least_size
 from qfsbackup.restore.restore import restore
 from tests.harness.chunk_set import cut
 from tests.harness.disk import MIB

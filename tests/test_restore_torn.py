@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qfsbackup.backup.chunk_times import SECOND, pack, unpack
+from qfsbackup.backup.names import chunk_path
 from qfsbackup.errors import UserError
-from qfsbackup.fs.chunk_times import SECOND, pack, unpack
-from qfsbackup.fs.chunks import chunk_path
 from qfsbackup.restore.restore import restore
 from tests.harness.chunk_set import CHUNK, describe
 

@@ -20,21 +20,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from qfsbackup.backup.names import A_FOLDER
 from qfsbackup.contracts import Answer, Buffer
 from qfsbackup.errors import FsError
+from qfsbackup.facts import count
 from qfsbackup.fs.frozen import FrozenDisk
-from qfsbackup.fs.grid import Grid, count
+from qfsbackup.fs.grid import Grid
 from qfsbackup.fs.inodes import Kind, inode
 from qfsbackup.fs.node import Attributes, Handle, blocks
 from qfsbackup.fs.window import Window
 from qfsbackup.ranges import RangeSet
-
-A_FOLDER = 256  # chunks
-
-
-def chunk_path(number: int) -> str:
-    """Where chunk `number` is below the disk's folder."""
-    return f"{number // A_FOLDER:03}/{number:08}"
 
 
 class ChunkedDisk:

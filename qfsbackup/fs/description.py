@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from qfsbackup.backup import chunk_times
+from qfsbackup.backup.names import file_name
 from qfsbackup.contracts import Snapshot, SnapshotDisk
-from qfsbackup.fs import chunk_times
 from qfsbackup.fs.control import Words
 from qfsbackup.fs.grid import Grid
-from qfsbackup.fs.names import file_name
 
 SECOND = 10**9  # nanoseconds
 

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qfsbackup.facts import MOST_CHUNKS, USUAL_CHUNK, fitting
+from qfsbackup.facts import MOST_CHUNKS, USUAL_CHUNK, count, fitting
 from qfsbackup.ranges import RangeSet
 
 log = logging.getLogger(__name__)
@@ -38,11 +38,6 @@ class Grid:
     def newest(self, first: int = 0, last: int = MOST_CHUNKS) -> int:
         """The latest time of the chunks number `first` to `last` (excluded); 0 where there are none."""
         return max(self.times[first:last], default=0)
-
-
-def count(size: int, chunk: int) -> int:
-    """How many chunks a disk of `size` bytes has."""
-    return -(-size // chunk)
 
 
 def cut(size: int, dirty: RangeSet, time: int, base: Grid | None = None, chunk: int | None = None) -> Grid:

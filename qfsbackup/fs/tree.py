@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from qfsbackup.backup.names import file_name
 from qfsbackup.contracts import Snapshot
 from qfsbackup.fs import maps
 from qfsbackup.fs.chunks import ChunkedDisk
@@ -24,7 +25,6 @@ from qfsbackup.fs.folder import Folder
 from qfsbackup.fs.frozen import FrozenDisk
 from qfsbackup.fs.grid import Grid, cut
 from qfsbackup.fs.inodes import Kind, Top, inode, parts
-from qfsbackup.fs.names import file_name
 from qfsbackup.fs.node import File, Node
 from qfsbackup.fs.text import FixedFile, LiveFile
 from qfsbackup.fs.window import Window

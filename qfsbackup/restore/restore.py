@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from qfsbackup.backup.chunk_set import ChunkSet, find_chunks
+from qfsbackup.backup.described import HINT, check_together
+from qfsbackup.backup.partitions import check_end
 from qfsbackup.errors import EXIT_SYSTEM, EXIT_USAGE, UserError
 from qfsbackup.facts import CLUSTER
 from qfsbackup.progress import bytes_done
-from qfsbackup.restore.chunk_set import ChunkSet, find_chunks
-from qfsbackup.restore.described import HINT, check_together
 from qfsbackup.restore.in_use import check_unused
 from qfsbackup.restore.output import Format, cannot_write, check_output, chosen_format
-from qfsbackup.restore.partitions import check_end
 from qfsbackup.restore.qcow2 import qcow2_image
 from qfsbackup.sizes import human
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from qfsbackup.contracts import awaited
 from qfsbackup.errors import FsError
-from qfsbackup.facts import MOST_CHUNKS, USUAL_CHUNK, fitting, is_chunk_size
+from qfsbackup.facts import MOST_CHUNKS, USUAL_CHUNK, count, fitting, is_chunk_size
 from qfsbackup.fs.chunks import ChunkedDisk
-from qfsbackup.fs.grid import Grid, count, cut
+from qfsbackup.fs.grid import Grid, cut
 from qfsbackup.fs.inodes import is_chunk, parts
 from qfsbackup.fs.node import Attributes
 from qfsbackup.ranges import RangeSet

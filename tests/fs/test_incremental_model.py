@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from qfsbackup.contracts import Snapshot
-from qfsbackup.facts import Base
+from qfsbackup.facts import Base, count
 from qfsbackup.fs.description import Look
-from qfsbackup.fs.grid import Grid, count, cut
+from qfsbackup.fs.grid import Grid, cut
 from qfsbackup.fs.tree import ShownDisk, build_tree
 from qfsbackup.ranges import RangeSet
 from qfsbackup.state.store import DiskState, Store, open_store

@@ -6,7 +6,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qfsbackup.fs.names import LONGEST, file_name
+from qfsbackup.backup.names import LONGEST, file_name
 
 nasty = st.one_of(
     st.text(), st.sampled_from(["", ".", "..", "/", "../../etc/passwd", "a\nb", "\0", "\ud800", "x" * 5000])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from qfsbackup.fs.names import file_name
+from qfsbackup.backup.names import file_name
 from tests.fuse.serve import HOSTILE, MIB, content, reads_pipe
 from tests.fuse.support import PUNCH_HOLE, fallocate, memory_mount
 from tests.harness.mount import Mount, Result, as_user, aside, command, ending, start, taken_away

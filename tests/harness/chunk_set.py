@@ -9,8 +9,8 @@ import random
 from array import array
 from pathlib import Path
 
-from qfsbackup.fs.chunk_times import SECOND, pack
-from qfsbackup.fs.chunks import chunk_path
+from qfsbackup.backup.chunk_times import SECOND, pack
+from qfsbackup.backup.names import chunk_path
 
 KIB = 1024
 CHUNK = 64 * KIB

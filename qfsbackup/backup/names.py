@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
-"""File names for disks. A disk's name comes from QEMU or an NBD server and may hold anything."""
+"""File names of disks and of their chunks. A disk's name comes from QEMU or an NBD server and may hold anything."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 from urllib.parse import quote
 
 LONGEST = 200  # bytes; NAME_MAX is 255, and a suffix follows
+A_FOLDER = 256  # chunks
 
 
 def file_name(name: str) -> str:
@@ -21,3 +22,8 @@ def file_name(name: str) -> str:
         digest = hashlib.sha256(quoted.encode()).hexdigest()
         quoted = f"{quoted[: LONGEST - len(digest) - 1]}~{digest}"
     return quoted or "%"  # which quoting never gives
+
+
+def chunk_path(number: int) -> str:
+    """Where chunk `number` is below the disk's folder."""
+    return f"{number // A_FOLDER:03}/{number:08}"

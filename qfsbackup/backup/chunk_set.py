@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qfsbackup.backup.described import HINT, Described, described
+from qfsbackup.backup.names import chunk_path
 from qfsbackup.errors import EXIT_SYSTEM, UserError
 from qfsbackup.facts import is_chunk_size
-from qfsbackup.fs.chunks import chunk_path
-from qfsbackup.restore.described import HINT, Described, described
 
 
 @dataclass(frozen=True, slots=True)

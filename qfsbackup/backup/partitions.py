@@ -7,8 +7,8 @@ import logging
 import struct
 from pathlib import Path
 
+from qfsbackup.backup.described import HINT
 from qfsbackup.errors import EXIT_SYSTEM, UserError
-from qfsbackup.restore.described import HINT
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qfsbackup.backup.chunk_times import SECOND, unpack
+from qfsbackup.backup.names import chunk_path, file_name
 from qfsbackup.errors import EXIT_SYSTEM, UserError
-from qfsbackup.fs.chunk_times import SECOND, unpack
-from qfsbackup.fs.chunks import chunk_path
-from qfsbackup.fs.grid import count
-from qfsbackup.fs.names import file_name
+from qfsbackup.facts import count
 
 log = logging.getLogger(__name__)
 

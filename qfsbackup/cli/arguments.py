@@ -14,10 +14,9 @@ from qfsbackup import __version__
 from qfsbackup.cli.console import output
 from qfsbackup.errors import EXIT_USAGE, UserError
 from qfsbackup.options import OPTIONS
+from qfsbackup.sources import USAGE
 
 DESCRIPTION = "Shows one frozen instant of a running QEMU VM as ordinary files, for any backup tool."
-
-SOURCE_HELP = "a VM's QMP socket (/run/vm/web1.qmp), or an NBD URI (nbd+unix:///disk?socket=/run/nbd.sock)"
 
 MOUNT_NOTE = """\
 Sizes take k, M, G and T. What mount(8) and fstab put there themselves
@@ -177,7 +176,7 @@ def _on_purpose(parser: Parser) -> None:
 
 
 def _source(parser: Parser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    parser.add_argument("source", metavar="SOURCE", help=USAGE)
     parser.add_argument("-o", dest="options", metavar="OPTIONS", action="append", default=[], help="see below")
 
 

@@ -35,7 +35,7 @@ class MountRequest:
         return options
 
     def rescue(self) -> None:
-        """The supervisor's part, where the worker left something."""
+        """The supervisor's part."""
         rescue(self.source, self.option_texts)
 
 

@@ -85,13 +85,13 @@ class VmSnapshot:
         finally:
             with trio.CancelScope(shield=True):
                 try:
-                    self.mounting.status.unrestored = ", ".join(await left(qmp)) or None
                     await self._tell_what_is_left(qmp)
                 except QmpError as error:
                     log.debug("QEMU cannot be asked what is left: %s", error)
 
     async def _tell_what_is_left(self, qmp: Monitor) -> None:
         """What QEMU will never remove, from an image that became read-only, is named; trying again would not help."""
+        self.mounting.status.unrestored = ", ".join(await left(qmp)) or None
         if self.mounting.status.unrestored:
             log.error("left in the VM: %s", self.mounting.status.unrestored)
             return
@@ -111,7 +111,6 @@ class VmSnapshot:
                     for undone in await undo_leftovers(qmp, self.source.agent(self.mounting.options)):
                         log.warning("after the connection to QEMU was lost: %s", undone)
                     await self._remove_marked(qmp, await look(qmp))
-                    self.mounting.status.unrestored = ", ".join(await left(qmp)) or None
                     await self._tell_what_is_left(qmp)
             except (UserError, QmpError) as error:
                 log.debug("nothing can be undone: %s", error)

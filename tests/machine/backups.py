@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from qfsbackup.errors import EXIT_MOUNT
+from qfsbackup.vm.quirks import jobs_break_the_snapshot
+from qfsbackup.vm.recipes import RECIPES
 from tests.harness.mount import DONE, aside
 from tests.machine.base import TARGETS, Base
 from tests.machine.tools import Tools
@@ -169,6 +171,12 @@ class Backups(Base):
         if code == 0:
             self.bases[to].contents = [truth]
         self.nothing_is_left(result.stderr)
+
+    @rule(recipe=st.sampled_from([*RECIPES]))
+    @precondition(lambda self: jobs_break_the_snapshot(self.qemu.version))
+    def choose_recipe(self, recipe: str) -> None:
+        """For the mounts to come."""
+        self.recipe = recipe
 
     @rule(seconds=st.sampled_from([-3600, -5, -1, 1, 60]))
     def set_the_clock(self, seconds: int) -> None:

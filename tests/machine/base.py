@@ -79,6 +79,7 @@ class Base(RuleBasedStateMachine):
         self.mounted: Mounted | None = None
         self.dead = False  # were both processes of a mount killed
         self.status = ""  # the VM's run state before they were
+        self.recipe = "filters"  # of the next mount
         self.jobs: dict[str, str] = {}  # others' block jobs, by id; the node that the job writes to
         self.tools = {target: Tools() for target in TARGETS}
         self.bases = {target: Bases() for target in TARGETS}
@@ -114,6 +115,7 @@ class Base(RuleBasedStateMachine):
     def options(self, target: str | None, option: str = "") -> str:
         """What stands behind -o."""
         place = [f"state={self.folder / 'state'}", f"fleece={self.folder}", "vm=web1", f"chunk={CHUNK}"]
+        place.append(f"recipe={self.recipe}")
         return ",".join(word for word in [*place, option, f"target={target}" if target else ""] if word)
 
     def load(self, path: str) -> Any:

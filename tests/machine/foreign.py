@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
 from qfsbackup.errors import EXIT_MOUNT, EXIT_SYSTEM
+from qfsbackup.vm.ours import JOB as JOBS
 from tests.harness.monitor import Monitor, QmpError
 from tests.machine.backups import WHOLE, Backups
 from tests.machine.base import TARGETS, end_job
@@ -108,6 +109,21 @@ class ForeignJobs(Backups):
             assert ended.code in (0, EXIT_SYSTEM), ended
             self.nothing_is_left(ended.stderr)
         self.bitmaps_are_right(mounted)
+
+    @rule(number=NUMBERS)
+    @precondition(lambda self: self.mounted and self.mounted.facts["recipe"] == "jobs" and not self.mounted.gone)
+    @precondition(lambda self: not self.jobs)
+    def end_our_job(self, number: int) -> None:
+        """It breaks the snapshot."""
+        assert self.mounted
+        mounted, self.mounted = self.mounted, None
+        with self.others_see_nothing():
+            ours = [job["id"] for job in self.world.qmp("query-jobs") if job["id"].startswith(JOBS)]
+            self.world.qmp("job-cancel", id=ours[number % len(ours)])
+            result = self.commands.run("umount", self.mountpoint)
+            assert result.code == EXIT_SYSTEM, result
+            assert "somebody has ended the block job" in result.stderr, result
+        self.ended(mounted, EXIT_SYSTEM)
 
     @contextlib.contextmanager
     def intruder(self, number: int, kind: Kind, where: Where, begin: int, end: int) -> Iterator[Intruder]:

@@ -2,7 +2,7 @@
 """The QEMU builds on this machine that tests run against.
 
 The environment variable QEMU chooses: `all` (the default), a version prefix (`7.2`, `10`), `newest` (Debian's newest,
-which `QEMU=newest ./run setup` fetches), or a path to a qemu-system-x86_64 (its companions are taken from the same
+where `./run setup` could fetch it), or a path to a qemu-system-x86_64 (its companions are taken from the same
 folder, else from PATH).
 """
 

@@ -13,9 +13,13 @@ from qfsbackup.errors import UserError
 from qfsbackup.vm.cleanup import undo_leftovers
 from qfsbackup.vm.monitors.qmp_socket import connect
 from qfsbackup.vm.ours import JOB
+from tests.e2e.support import idle_vm
+from tests.faults.stores import hanging_store
 from tests.faults.support import looks, reads, unmounted, until, until_eio
 from tests.harness.disk import MIB
+from tests.harness.files import allocated
 from tests.harness.mount import mounted
+from tests.harness.qemu import Qemu
 from tests.harness.qmp_proxy import OnReply, running_proxy
 from tests.harness.vm import Vm
 from tests.vm.support import copied, guest_io, held, make_source
@@ -106,3 +110,43 @@ async def test_a_job_that_somebody_ends_breaks_the_snapshot_at_once(paused_vm: V
         assert await mount.process.wait() == 2
     await end_backup(paused_vm)
     assert await held(paused_vm) == before
+
+
+async def test_a_store_that_hangs_holds_a_write_up_until_it_answers_and_nothing_else(
+    qemu: Qemu, tmp_path: Path, recipe: str
+) -> None:
+    """Why filters are the default: nothing ends this wait. QEMU itself answers meanwhile."""
+    async with hanging_store(tmp_path) as store, idle_vm(qemu, tmp_path) as vm:
+        before, run = await held(vm), vm.monitor.execute
+        await guest_io(vm, "vda", "write -P 5 0 64k")
+        made = make_source(vm, tmp_path, fleece=store.path, recipe=recipe)
+        async with made.snapshot() as snapshot:
+            await guest_io(vm, "vda", "write -P 6 0 64k")
+            store.stop()
+            line = 'qemu-io -d /machine/peripheral/vda/virtio-backend "aio_write -P 7 1M 64k"'
+            await run("human-monitor-command", {"command-line": line})
+            written = "wrote 65536/65536 bytes at offset 1048576"
+            for _ in range(5):
+                assert (await run("query-status"))["running"]
+                assert written not in vm.process.log
+            store.go_on()
+
+            async def is_written() -> bool:
+                return written in vm.process.log
+
+            await until(is_written)
+            shown = await copied(snapshot.disks[0], tmp_path / "copy")
+            assert shown[:65536] == b"\x05" * 65536
+            assert not made.status.health.broken
+        assert await held(vm) == before
+
+
+async def test_what_the_guest_trims_meanwhile_stays_allocated(paused_vm: Vm, tmp_path: Path, recipe: str) -> None:
+    """And as it was, so that it need not be copied."""
+    await guest_io(paused_vm, "vda", "write -P 8 0 4M")
+    async with make_source(paused_vm, tmp_path, recipe=recipe).snapshot() as snapshot:
+        await guest_io(paused_vm, "vda", "discard 0 4M")
+        assert allocated(tmp_path / "vda.raw") == 4 * MIB
+        assert await copied(snapshot.disks[0], tmp_path / "copy") == b"\x08" * 4 * MIB + bytes(12 * MIB)
+    await guest_io(paused_vm, "vda", "discard 0 4M")
+    assert allocated(tmp_path / "vda.raw") == 0

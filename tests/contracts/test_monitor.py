@@ -17,6 +17,7 @@ import trio
 from qfsbackup.vm.monitor import COMMAND_TIMEOUT, Monitor, QmpGoneError, QmpRefusedError, QmpTimeoutError
 from qfsbackup.vm.monitors import qmp_socket
 from qfsbackup.vm.owner import owned
+from tests.harness.bursts import bursts
 from tests.harness.libvirt import MISSING, libvirt
 from tests.harness.qemu import Qemu, available, selected
 from tests.harness.vm import running_vm
@@ -32,11 +33,14 @@ class Bed:
     ask: Callable[[str], Awaitable[Any]]
 
 
+Connect = Callable[[Path, Callable[[str], None]], AbstractAsyncContextManager[Monitor]]
+
+
 @asynccontextmanager
-async def by_socket(qemu: Qemu, folder: Path) -> AsyncIterator[Bed]:
+async def by_socket(connect: Connect, qemu: Qemu, folder: Path) -> AsyncIterator[Bed]:
     """A QMP socket of QEMU's own."""
     async with running_vm(qemu, folder, []) as vm:
-        yield Bed(partial(qmp_socket.connect, vm.qmp), vm.pid, vm.process.send, vm.monitor.execute)
+        yield Bed(partial(connect, vm.qmp), vm.pid, vm.process.send, vm.monitor.execute)
 
 
 @asynccontextmanager
@@ -53,7 +57,8 @@ async def by_libvirt(folder: Path) -> AsyncIterator[Bed]:
 
 
 MONITORS: dict[str, Callable[[Path], AbstractAsyncContextManager[Bed]]] = {
-    **{f"socket-{qemu}": partial(by_socket, qemu) for qemu in selected()},
+    **{f"socket-{qemu}": partial(by_socket, qmp_socket.connect, qemu) for qemu in selected()},
+    "bursts": partial(by_socket, bursts, selected()[-1]),
     "libvirt": by_libvirt,
 }
 
@@ -78,11 +83,12 @@ async def test_a_command_is_answered_or_refused_as_qemu_says(bed: Bed) -> None:
 
 
 async def test_commands_of_several_tasks_get_their_own_answers_and_descriptors(bed: Bed, tmp_path: Path) -> None:
-    async with bed.connect(pytest.fail) as qmp, qmp.one_connection(), trio.open_nursery() as nursery:
-        for number in range(8):
-            nursery.start_soon(_add_and_ask, qmp, tmp_path / str(number))
-    there = {fd.get("opaque") for one in await bed.ask("query-fdsets") for fd in one["fds"]}
-    assert there >= set(map(str, range(8)))
+    async with bed.connect(pytest.fail) as qmp, qmp.one_connection():
+        async with trio.open_nursery() as nursery:
+            for number in range(8):
+                nursery.start_soon(_add_and_ask, qmp, tmp_path / str(number))
+        there = {fd.get("opaque") for one in await bed.ask("query-fdsets") for fd in one["fds"]}
+        assert there >= set(map(str, range(8)))
 
 
 async def _add_and_ask(qmp: Monitor, path: Path) -> None:

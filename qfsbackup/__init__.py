@@ -6,6 +6,8 @@ restore   what becomes of a backup again         mount    one mount's life
 fuse      the kernel side                        fs       what people see
 sources   where a snapshot comes from            nbd      the bytes of a disk
 state     checkpoints                            vm       what can be done to a running QEMU
+backup    what a backup is as files
+
 What they share stands beside them. docs/architecture.md shows how it all works together.
 """
 

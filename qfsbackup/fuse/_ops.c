@@ -296,23 +296,29 @@ static void call_ready(const struct pollfd *polled, PyObject **callables, int co
 
 /* poll(2) for at most `longest` ns. For small reads at first without sleeping: where the machine is idle but for reader
  * and server, being woken up takes longer than such a read. Whoever else can run on this processor does; with large
- * reads somebody always can, and we would come last. If looking was in vain, the next call does not look. */
+ * reads somebody always can, and we would come last. If looking was in vain, the next call does not look. Needs the GIL,
+ * and gives it away unless something is there at once. */
 static int wait_for_event(struct pollfd *polled, int count, long longest)
 {
     static long looking = LOOKING;
     const struct timespec at_once = {0, 0}, wait = {0, longest};
-    long begin = now(), waited = 0;
     int ready = ppoll(polled, count, &at_once, NULL);
+    long begin, waited = 0;
 
+    if (ready)
+        return ready;
+    Py_BEGIN_ALLOW_THREADS
+    begin = now();
     while (!ready && was_small && waited < looking && waited < longest) {
         sched_yield();
         ready = ppoll(polled, count, &at_once, NULL);
         waited = now() - begin;
     }
-    if (ready || waited >= longest)
-        return ready;
-    ready = ppoll(polled, count, &wait, NULL);
-    looking = now() - begin < LOOKING ? LOOKING : 0;
+    if (!ready && waited < longest) {
+        ready = ppoll(polled, count, &wait, NULL);
+        looking = now() - begin < LOOKING ? LOOKING : 0;
+    }
+    Py_END_ALLOW_THREADS
     return ready;
 }
 
@@ -336,9 +342,7 @@ static int next_request(int session, long until)
             polled[count++] = (struct pollfd){.fd = (int)PyLong_AsLong(key), .events = POLLIN};
         }
         polled[count] = (struct pollfd){.fd = session, .events = POLLIN};
-        Py_BEGIN_ALLOW_THREADS
         ready = wait_for_event(polled, count + 1, left < PATIENCE ? left : PATIENCE);
-        Py_END_ALLOW_THREADS
         if (ready > (polled[count].revents != 0))
             call_ready(polled, callables, count);
         for (i = 0; i < count; i++)

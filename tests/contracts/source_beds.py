@@ -2,6 +2,8 @@
 """Something real for each kind of source: what its disks hold, and how to hurt it. A new kind is a line in BEDS."""
 
 import json
+import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,10 +16,13 @@ import trio
 
 from qfsbackup.errors import UserError
 from qfsbackup.nbd import extents
+from qfsbackup.options import Options
+from qfsbackup.sources import find
 from tests.harness.disk import MIB, Disk
 from tests.harness.files import make_random
+from tests.harness.libvirt import MISSING, libvirt
 from tests.harness.nbd_server import storage_daemon
-from tests.harness.qemu import Qemu, run_img, selected
+from tests.harness.qemu import Qemu, available, run_img, selected
 from tests.harness.vm import running_vm
 from tests.vm.support import held
 
@@ -76,6 +81,21 @@ async def by_qmp(qemu: Qemu, folder: Path) -> AsyncIterator[Bed]:
 
 
 @asynccontextmanager
+async def by_libvirt(folder: Path) -> AsyncIterator[Bed]:
+    """A paused domain."""
+    pytest.importorskip("libvirt")
+    if MISSING:
+        pytest.skip(f"{MISSING} is not installed")
+    qemu = available()[0]
+    contents = await images(qemu, folder, "qcow2")
+    disks = [Disk(name, folder / f"{name}.qcow2", SIZE, "qcow2") for name in contents]
+    async with libvirt(folder) as host, host.domain(qemu, folder, disks) as domain:
+        await find(domain.source).clean_up(Options(state=folder))  # libvirt's event loop keeps descriptors of its own
+        vanish, refused = partial(os.kill, domain.pid, signal.SIGKILL), {"agent": Path("/nonexistent")}
+        yield Bed(domain.source, contents, None, vanish, domain.view, refused=refused)
+
+
+@asynccontextmanager
 async def by_uri(folder: Path) -> AsyncIterator[Bed]:
     """A storage daemon that would let its data be trimmed."""
     qemu = selected()[-1]
@@ -131,6 +151,7 @@ async def by_toy(folder: Path) -> AsyncIterator[Bed]:
 
 BEDS: dict[str, Callable[[Path], AbstractAsyncContextManager[Bed]]] = {
     **{f"qmp-{qemu}": partial(by_qmp, qemu) for qemu in selected()},
+    "libvirt": by_libvirt,
     "uri": by_uri,
     "image": by_image,
     "toy": by_toy,

@@ -3,6 +3,7 @@
 
 import json
 import os
+import select
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -60,6 +61,14 @@ class Bed:
     refused: Mapping[str, object] = field(default_factory=dict)  # an option that this kind does not have
 
 
+def ended(pid: int, kill: Callable[[], object]) -> None:
+    """Kill a process, and wait until it is gone: as long as it dies it is there still."""
+    descriptor = os.pidfd_open(pid)
+    kill()
+    assert select.select([descriptor], [], [], 10)[0]
+    os.close(descriptor)
+
+
 async def images(qemu: Qemu, folder: Path, form: str = "raw") -> dict[str, bytes]:
     """Two images, and what they hold."""
     contents = {}
@@ -76,8 +85,8 @@ async def by_qmp(qemu: Qemu, folder: Path) -> AsyncIterator[Bed]:
     contents = await images(qemu, folder, "qcow2")
     disks = [Disk(name, folder / f"{name}.qcow2", SIZE, "qcow2") for name in contents]
     async with running_vm(qemu, folder, disks) as vm:
-        refused = {"bitmap": "b0"}
-        yield Bed(str(vm.qmp), contents, vm.qmp.name, vm.process.kill, partial(held, vm), refused=refused)
+        vanish, refused = partial(ended, vm.pid, vm.process.kill), {"bitmap": "b0"}
+        yield Bed(str(vm.qmp), contents, vm.qmp.name, vanish, partial(held, vm), refused=refused)
 
 
 @asynccontextmanager
@@ -91,7 +100,8 @@ async def by_libvirt(folder: Path) -> AsyncIterator[Bed]:
     disks = [Disk(name, folder / f"{name}.qcow2", SIZE, "qcow2") for name in contents]
     async with libvirt(folder) as host, host.domain(qemu, folder, disks) as domain:
         await find(domain.source).clean_up(Options(state=folder))  # libvirt's event loop keeps descriptors of its own
-        vanish, refused = partial(os.kill, domain.pid, signal.SIGKILL), {"agent": Path("/nonexistent")}
+        kill = partial(os.kill, domain.pid, signal.SIGKILL)
+        vanish, refused = partial(ended, domain.pid, kill), {"agent": Path("/nonexistent")}
         yield Bed(domain.source, contents, None, vanish, domain.view, refused=refused)
 
 

@@ -25,7 +25,7 @@ OTHERS_NOTE = """\
 All others that a mount takes are accepted and do nothing: give what the
 mount had."""
 IMAGE_NOTE = "Of a VM that is off, name an image instead: what is in it is shown and deleted.\n\n"
-OPTION_WIDTH = 17  # of the longest: fleece-limit=SIZE
+OPTION_WIDTH = max(len(name + option.usage) for name, option in OPTIONS.items())
 
 CHECKPOINTS_USAGE = """\
 qfsbackup checkpoints SOURCE|IMAGE.qcow2 [-o OPTIONS] [-v]

@@ -4,13 +4,15 @@ r"""A backup job that copies nothing by itself for each disk, all begun in one t
     guest device --> qfsbackup-job-N (the job's own filter) --file--> the disk's root node
                                        \--target--> qfsbackup-fleecing-N
 
-Each `blockdev-backup` holds its disk drained until the transaction's end, so the jobs come first in it, and all else
-happens at the same instant. What cannot be done leaves nothing of it (measured with QEMU 11.1.3, as all here).
+Each `blockdev-backup` holds its disk drained until the transaction's end (blockdev.c), so the jobs come first in it,
+and all else happens at the same instant. What cannot be done leaves nothing of it (measured with QEMU 11.1.3, as all
+here).
 
 QEMU puts the filter above the node that is named, below whatever else stands there, and takes it away with the job:
-nobody's nodes ever go out of the guest's way. Meanwhile it refuses a resize, an eject, a mirror, a commit, a stream and
-a backup or snapshot of the filter; an external snapshot of the disk's node goes below it, as does another backup. A
-device that is unplugged leaves it standing. Other than the filters' recipe:
+nobody's nodes ever go out of the guest's way. Meanwhile it refuses a resize, a mirror, a commit, a stream and a backup
+or snapshot of the filter; an external snapshot of the disk's node goes below it, as does another backup. A device that
+is unplugged leaves it standing; two devices on one node both write through it (they are refused all the same, see
+look/selection). Other than with filters:
 - A store that hangs holds the guest's writes up for as long as it does: jobs have no cbw-timeout.
 - The guest's trims are dropped: the job's filter has no discard=unmap.
 - Somebody may cancel our job. The snapshot can be read no more then (ENOTSUP), until he begins a backup of this disk,

@@ -217,7 +217,7 @@ static void tell(Lane *self, const Slot *slot, PyObject *content)
 }
 
 /* Answers the read in a slot, which is then free. */
-static void settle(Lane *self, int index, int has_come)
+static void complete(Lane *self, int index, int has_come)
 {
     Slot slot = taken_out(self, index), *freed = &self->slot[self->in_flight];
     PyObject *content = has_come ? PyBytes_FromStringAndSize(slot.buffer + (slot.start - slot.first), slot.length) : NULL;
@@ -231,7 +231,7 @@ static void settle(Lane *self, int index, int has_come)
 
 static PyObject *lane_receive(Lane *self, PyObject *unused)
 {
-    int i, settled = 0;
+    int i, completed = 0;
 
     if (!self->in_flight || !self->owner)
         Py_RETURN_FALSE;
@@ -240,12 +240,12 @@ static PyObject *lane_receive(Lane *self, PyObject *unused)
         int over = nbd_aio_command_completed(self->handle, self->slot[i].cookie);
 
         if (over)
-            settle(self, i, over == 1);
+            complete(self, i, over == 1);
         else
             i++;
-        settled |= over;
+        completed |= over;
     }
-    if (settled && PyList_GET_SIZE(self->waiting)) {
+    if (completed && PyList_GET_SIZE(self->waiting)) {
         PyObject *result = PyObject_CallNoArgs(self->advance);
 
         if (!result)

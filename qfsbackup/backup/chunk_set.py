@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qfsbackup.backup.described import HINT, Described, described
+from qfsbackup.backup.described import HINT, Described, check_together, described
 from qfsbackup.backup.names import chunk_path
+from qfsbackup.backup.partitions import check_end
 from qfsbackup.errors import EXIT_SYSTEM, UserError
 from qfsbackup.facts import is_chunk_size
 
@@ -28,6 +29,7 @@ class ChunkSet:
     chunk: int  # size of each but the last
     size: int  # of the disk
     times: Sequence[int]  # of each, in nanoseconds since the epoch
+    sparse: Sequence[int]  # the numbers of those that take up less than they are long
     described: Described | None  # what vm.json says, if it is there
 
     @property
@@ -49,12 +51,20 @@ def find_chunks(folder: Path) -> ChunkSet:
     sizes = [found[path].st_size for path in expected]
     _check_sizes(folder, expected, sizes)
     times = [found[path].st_mtime_ns for path in expected]
-    result = ChunkSet(folder, sizes[0] if sizes else 0, sum(sizes), times, described(folder))
+    sparse = [number for number, path in enumerate(expected) if found[path].st_blocks * 512 < found[path].st_size]
+    result = ChunkSet(folder, sizes[0] if sizes else 0, sum(sizes), times, sparse, described(folder))
     if result.described:
         _check_description(result, result.described)
     elif not sizes:
         raise _refused(f"{folder} has no chunks in it")
     return result
+
+
+def check_one_backup(chunks: ChunkSet, *, torn: bool = False) -> None:
+    """Raise UserError where they are not of one backup, or not all of it; `torn`: only say it."""
+    check_together(chunks.folder, chunks.times, chunks.described, torn=torn)
+    if not chunks.described:
+        check_end(chunks.folder / chunk_path(0), chunks.size, torn=torn)
 
 
 def _files(folder: Path) -> dict[str, os.stat_result]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,19 @@ from qfsbackup.facts import count
 log = logging.getLogger(__name__)
 
 HINT = "Restore that folder again, as a whole, from one snapshot of the backup."
+TAKE_TORN = "Or take them as they are: qfsbackup restore --torn"
 NAMED = 5  # chunks that a message names
+MALFORMED = (ValueError, TypeError, KeyError, ZeroDivisionError, AttributeError)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A vm.json."""
+
+    path: Path
+    content: dict[str, Any]
+    disks: Mapping[str, dict[str, Any]]  # what it says of each, by what its folder is called
+    kept_time: bool  # has the file the time that the mount showed
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +55,41 @@ class Described:
         return count(self.size, self.chunk)
 
 
-def described(folder: Path) -> Described | None:
-    """What vm.json says of the disk whose chunks are in `folder`; None where there is none. Raises UserError."""
-    path = folder.parent.parent / "vm.json"
+def description(top: Path) -> Description | None:
+    """The vm.json of the backup in `top`; None where there is none. Raises UserError."""
+    path = top / "vm.json"
     try:
         mtime = path.stat().st_mtime_ns // SECOND
-        description = json.loads(path.read_bytes())
-        disks = {file_name(disk["name"]): disk for disk in description["disks"]}
-        if folder.name in disks:
-            return _disk(path, disks[folder.name], kept_time=description.get("mtime") == mtime)
+        content = json.loads(path.read_bytes())
+        disks = {file_name(disk["name"]): disk for disk in content["disks"]}
+        return Description(path, content, disks, kept_time=content.get("mtime") == mtime)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}", "Restore it again, or move it away to do without.", EXIT_SYSTEM
-        ) from None
-    raise UserError(f"{path} knows no disk {folder.name}, so the two are not of one snapshot", HINT, EXIT_SYSTEM)
+    except (OSError, *MALFORMED) as error:
+        raise _unreadable(path, error) from None
+
+
+def described(folder: Path) -> Described | None:
+    """What vm.json says of the disk whose chunks are in `folder`; None where there is none. Raises UserError."""
+    found = description(folder.parent.parent)
+    if found is None:
+        return None
+    if folder.name not in found.disks:
+        what = f"{found.path} knows no disk {folder.name}, so the two are not of one snapshot"
+        raise UserError(what, HINT, EXIT_SYSTEM)
+    try:
+        return _disk(found.path, found.disks[folder.name], kept_time=found.kept_time)
+    except MALFORMED as error:
+        raise _unreadable(found.path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    hint = "Restore it again, or move it away to do without."
+    return UserError(f"{path} cannot be read: {error}", hint, EXIT_SYSTEM)
 
 
 def _disk(path: Path, disk: dict[str, Any], *, kept_time: bool) -> Described:
-    """Raises ValueError, TypeError, KeyError, ZeroDivisionError."""
+    """Raises MALFORMED."""
     size, chunk, times = int(disk["size"]), int(disk["chunk_size"]), disk.get("chunk_times")
     chunks = count(size, chunk)
     return Described(path, size, chunk, unpack(times["seconds"], times["chunks"], chunks) if times else None, kept_time)
@@ -96,5 +123,5 @@ def check_together(folder: Path, times: Sequence[int], disk: Described | None, *
     names = ", ".join(map(chunk_path, strangers[:NAMED])) + (", ..." if len(strangers) > NAMED else "")
     what = f"{len(strangers)} of the {len(times)} chunks in {folder} are not of the backup in vm.json: {names}"
     if not torn:
-        raise UserError(what, f"{HINT} Or take them as they are: --torn", EXIT_SYSTEM)
-    log.warning("%s; restoring them all the same", what)
+        raise UserError(what, f"{HINT} {TAKE_TORN}", EXIT_SYSTEM)
+    log.warning("%s; taken all the same", what)

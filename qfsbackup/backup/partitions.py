@@ -7,7 +7,7 @@ import logging
 import struct
 from pathlib import Path
 
-from qfsbackup.backup.described import HINT
+from qfsbackup.backup.described import HINT, TAKE_TORN
 from qfsbackup.errors import EXIT_SYSTEM, UserError
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ def check_end(first: Path, size: int, *, torn: bool) -> None:
         return
     what = f"chunks are missing at the end: by the partition table there are {least} bytes at least, these are {size}"
     if not torn:
-        raise UserError(what, f"{HINT} Or take them as they are: --torn", EXIT_SYSTEM)
-    log.warning("%s; restoring them all the same", what)
+        raise UserError(what, f"{HINT} {TAKE_TORN}", EXIT_SYSTEM)
+    log.warning("%s; taken all the same", what)
 
 
 def least_size(head: bytes) -> int:

@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from qfsbackup.backup.chunk_set import ChunkSet, find_chunks
-from qfsbackup.backup.described import HINT, check_together
-from qfsbackup.backup.partitions import check_end
+from qfsbackup.backup.chunk_set import ChunkSet, check_one_backup, find_chunks
+from qfsbackup.backup.described import HINT
 from qfsbackup.errors import EXIT_SYSTEM, EXIT_USAGE, UserError
 from qfsbackup.facts import CLUSTER
 from qfsbackup.progress import bytes_done
@@ -48,9 +47,7 @@ def restore(
     _check_outside(output, folder)
     if device and form != "raw":
         raise UserError("a block device takes a raw image", "Leave --format out, or name a file.", EXIT_USAGE)
-    check_together(chunks.folder, chunks.times, chunks.described, torn=torn)
-    if not chunks.described:
-        check_end(next(chunks.paths()), chunks.size, torn=torn)
+    check_one_backup(chunks, torn=torn)
     try:
         with _image(output, form, chunks.size, device=device, force=force) as image:
             _copy(chunks, image, zeros=device)

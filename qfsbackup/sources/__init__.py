@@ -20,6 +20,7 @@ KINDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("qemu", "a VM's QMP socket (/run/vm/web1.qmp)", ()),
     ("libvirt", "libvirt:NAME", ("libvirt",)),
     ("uri", "an NBD URI (nbd+unix:///disk?socket=/run/nbd.sock)", ("nbd", "nbd+unix", "nbds", "nbds+unix")),
+    ("chunks", "a backup (chunks:/srv/restored)", ("chunks",)),
 )
 USAGE = ", ".join(usage for _, usage, _ in KINDS)
 TABLE = {scheme: f"{__name__}.{module}" for module, _, schemes in KINDS for scheme in schemes}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Something real for each kind of source: what its disks hold, and how to hurt it. A new kind is a line in BEDS."""
 
+import errno
 import json
 import os
 import select
@@ -15,10 +16,13 @@ from typing import Any
 import pytest
 import trio
 
+from qfsbackup.backup.chunk_set import ChunkSet
+from qfsbackup.backup.files import ChunkFiles
 from qfsbackup.errors import UserError
 from qfsbackup.nbd import extents
 from qfsbackup.options import Options
 from qfsbackup.sources import find
+from tests.harness.chunk_set import cut
 from tests.harness.disk import MIB, Disk
 from tests.harness.files import make_random
 from tests.harness.libvirt import MISSING, libvirt
@@ -135,6 +139,39 @@ async def by_image(folder: Path) -> AsyncIterator[Bed]:
 
 
 @asynccontextmanager
+async def by_chunks(folder: Path) -> AsyncIterator[Bed]:
+    """A backup as a tool restored it, of which nothing is to change."""
+    top = folder / "restored"
+    contents = await images(selected()[-1], folder)
+    for name, content in contents.items():
+        cut(top / "chunks" / name, content)
+
+    async def stored() -> list[tuple[str, int]]:
+        return [(str(path), path.stat().st_mtime_ns) for path in sorted(top.rglob("*"))]
+
+    def no_second_disk(patch: pytest.MonkeyPatch) -> None:
+        opened = []
+
+        def open_files(chunks: ChunkSet) -> ChunkFiles:
+            opened.append(chunks)
+            if len(opened) == 2:
+                raise FileNotFoundError(errno.ENOENT, "The test took it.")
+            return ChunkFiles(chunks)
+
+        patch.setattr("qfsbackup.backup.disk.ChunkFiles", open_files)
+
+    yield Bed(
+        f"chunks:{top}",
+        contents,
+        "chunks:restored",
+        partial(top.rename, folder / "gone"),
+        stored,
+        no_second_disk,
+        {"target": "nas", "agent": Path("/run/agent"), "bwlimit": 1},
+    )
+
+
+@asynccontextmanager
 async def by_toy(folder: Path) -> AsyncIterator[Bed]:
     """The one that only tests know."""
     disks = folder / "disks"
@@ -164,5 +201,6 @@ BEDS: dict[str, Callable[[Path], AbstractAsyncContextManager[Bed]]] = {
     "libvirt": by_libvirt,
     "uri": by_uri,
     "image": by_image,
+    "chunks": by_chunks,
     "toy": by_toy,
 }

@@ -63,6 +63,11 @@ class HangingStore:
     path: Path
     _process: Process
 
+    @property
+    def pid(self) -> int:
+        """Of the process that serves it."""
+        return self._process.pid
+
     def stop(self) -> None:
         """From now on nothing there answers."""
         self._process.send(signal.SIGSTOP)

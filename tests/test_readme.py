@@ -33,6 +33,12 @@ def sh(text: str) -> str:
     if "qfsbackup restore" in text:
         chunks, image = "/srv/restored/chunks/vda/*/*", "/var/lib/vm/web1-vda.qcow2"
         text += f"qemu-img convert -O raw {image} /srv/vda.raw\ncat {chunks} | cmp - /srv/vda.raw\n"
+    if "restic mount" in text:  # which takes a moment
+        text = text.replace("\n", "\nuntil [ -d /mnt/restic/snapshots/latest ]; do sleep 0.1; done\n", 1)
+        text += "grep -x text /mnt/disk/file\numount /mnt/disk\n"
+    if "qemu-img create" in text:  # the last that needs the mounts
+        text += "qemu-img compare -f raw -F qcow2 /mnt/old/images/vda.raw /var/lib/vm/web1-again.qcow2\n"
+        text += "qfsbackup umount /mnt/old\numount /mnt/restic\n"
     return text
 
 

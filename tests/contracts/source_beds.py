@@ -102,7 +102,8 @@ async def by_libvirt(folder: Path) -> AsyncIterator[Bed]:
     qemu = available()[0]
     contents = await images(qemu, folder, "qcow2")
     disks = [Disk(name, folder / f"{name}.qcow2", SIZE, "qcow2") for name in contents]
-    async with libvirt(folder) as host, host.domain(qemu, folder, disks) as domain:
+    name = f"dom{os.getpid()}"  # on this machine alone: a QEMU is looked for by the name of its domain
+    async with libvirt(folder) as host, host.domain(qemu, folder, disks, name=name) as domain:
         await find(domain.source).clean_up(Options(state=folder))  # libvirt's event loop keeps descriptors of its own
         kill = partial(os.kill, domain.pid, signal.SIGKILL)
         vanish, refused = partial(ended, domain.pid, kill), {"agent": Path("/nonexistent")}

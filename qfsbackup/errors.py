@@ -37,6 +37,14 @@ class Interrupted(KeyboardInterrupt):  # no more an error than its base is
         self.exit_code = 128 + number  # as a shell says it
 
 
+def only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one exception inside, however deep; where there are more, what has them all."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
 class FsError(Exception):
     """An operation on a file fails with `errno`; `fuse/` hands it to the kernel."""
 

@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import trio
 
+from qfsbackup.errors import only_error
+
 T = TypeVar("T")
 
 
@@ -21,9 +23,7 @@ def run(work: Callable[[], Awaitable[T]]) -> T:
     try:
         return trio.run(_run, work)
     except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-            error = error.exceptions[0]
+        error = only_error(group)
         raise error from error.__cause__
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from qfsbackup.cli.commit import give
 from qfsbackup.errors import EXIT_SYSTEM, EXIT_USAGE, UserError
 from qfsbackup.fs.control import CHECK
-from qfsbackup.mount.runtime import LeftNote
+from qfsbackup.mount.runtime import left_note
 from qfsbackup.mounts import MNT_DETACH, Mount, find_mount, mountpoints_of, our_mounts, umount
 
 LOOK = 0.2  # seconds between two looks whether something is left in the VM
@@ -132,9 +132,9 @@ def _wait(supervisor: int | None, pid: int, worker: int) -> None:
     poll.register(supervisor, select.POLLIN)
     give_up = time.monotonic() + DEADLINE
     while not poll.poll(LOOK * 1000):
-        left = LeftNote(pid).read()
-        if left:
-            raise UserError(f"unmounted, but {left}", f"Process {pid} takes it out as soon as it can.", EXIT_SYSTEM)
+        with suppress(OSError):
+            if left := left_note(pid).read_text():
+                raise UserError(f"unmounted, but {left}", f"Process {pid} takes it out as soon as it can.", EXIT_SYSTEM)
         if time.monotonic() > give_up:
             with _process(worker) as stands_still:  # the supervisor kills it then
                 if stands_still is not None:

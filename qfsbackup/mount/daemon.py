@@ -22,7 +22,7 @@ import trio
 
 from qfsbackup import log as logs
 from qfsbackup.contracts import Disk, Mounting, Source
-from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_SYSTEM, EXIT_UNRESTORED, UserError
+from qfsbackup.errors import EXIT_INTERRUPTED, EXIT_SYSTEM, EXIT_UNRESTORED, UserError, only_error
 from qfsbackup.fuse.mount import check_mountpoint, mounted
 from qfsbackup.fuse.operations import Permissions
 from qfsbackup.mount.chain import Chain, generations, open_chain
@@ -71,27 +71,19 @@ def serve(source: Source, mountpoint: Path, options: Options, ready: Callable[[]
         with logs.in_thread():
             trio.run(partial(_serve, source, mountpoint, options, status, now_ready, ended_by))
     except BaseExceptionGroup as group:
-        error = _only_error(group)
+        error = only_error(group)
         if status.unrestored and isinstance(error, UserError):
             error.exit_code = EXIT_UNRESTORED
             error.hint = (
                 f"Left in the VM: {status.unrestored}. Process {os.getppid()} takes it out as soon as it can;"
                 f" or do it: qfsbackup cleanup {source.name}"
             )
-        raise error from None
+        raise (error if isinstance(error, UserError) else group) from None
     if status.unrestored:
         return EXIT_UNRESTORED
     if came[:1] == [signal.SIGINT]:
         return EXIT_INTERRUPTED
     return EXIT_SYSTEM if status.health.broken else 0
-
-
-def _only_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The UserError inside, if nothing worse happened; else the group, with all its tracebacks."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error if isinstance(error, UserError) else group
 
 
 async def _serve(

@@ -18,7 +18,7 @@ from contextlib import suppress
 from qfsbackup.contracts import Source
 from qfsbackup.errors import UserError
 from qfsbackup.mount.notify import more_time
-from qfsbackup.mount.runtime import LeftNote, frozen_by_the_dead
+from qfsbackup.mount.runtime import frozen_by_the_dead, left_note
 from qfsbackup.sources import find
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def rescue(source: Source, option_texts: Sequence[str]) -> None:
     for _, name, agent in frozen_by_the_dead():
         with suppress(OSError, UserError):
             find(name).thaw_unheard(agent)  # nothing comes before it; cleanup looks whether it worked
-    note, told, pause = LeftNote(os.getpid()), "", PAUSE
+    note, told, pause = left_note(os.getpid()), "", PAUSE
     try:
         while left := _undo(source.name, option_texts):
             if not source.is_there():
@@ -43,7 +43,8 @@ def rescue(source: Source, option_texts: Sequence[str]) -> None:
                 return
             if left != told:
                 log.error("%s; trying again until it is gone", left)
-                note.write(left)
+                with suppress(OSError):
+                    note.write_text(left)
             told = left
             more_time(pause + DEADLINE + MARGIN)
             if signal.sigtimedwait({signal.SIGTERM}, pause):
@@ -52,7 +53,8 @@ def rescue(source: Source, option_texts: Sequence[str]) -> None:
             pause = min(2 * pause, LONGEST_PAUSE)
         log.warning("QEMU is as it was")
     finally:
-        note.remove()
+        with suppress(OSError):
+            note.unlink()
 
 
 def _undo(source: str, option_texts: Sequence[str]) -> str:

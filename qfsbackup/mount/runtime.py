@@ -24,27 +24,9 @@ SOURCE = "source"  # a file in it: what the mount's source is called
 LEFT = "left-"  # + a supervisor's process id
 
 
-class LeftNote:
-    """What a supervisor could not take out of its VM yet, for who waits for it; gone when it is."""
-
-    def __init__(self, pid: int) -> None:
-        self._path = RUNTIME / f"{LEFT}{pid}"
-
-    def write(self, text: str) -> None:
-        """What cannot be written is in the log."""
-        with suppress(OSError):
-            self._path.write_text(text)
-
-    def read(self) -> str:
-        """Empty where there is none."""
-        with suppress(OSError):
-            return self._path.read_text()
-        return ""
-
-    def remove(self) -> None:
-        """It is all out, or nobody tries any more."""
-        with suppress(OSError):
-            self._path.unlink()
+def left_note(pid: int) -> Path:
+    """A file that says what this supervisor could not take out of its VM yet, for who waits for it; gone when it is."""
+    return RUNTIME / f"{LEFT}{pid}"
 
 
 @contextmanager

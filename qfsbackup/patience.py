@@ -44,7 +44,7 @@ async def in_time(call: Callable[[], T], seconds: float, *, grace: float = 0.0) 
         await run()
         nursery.cancel_scope.cancel()
     if errors:
-        raise errors[0]
+        raise errors.pop()  # kept here, it would keep what its traceback knows
     if not result:
         raise NoAnswerError(f"no answer within {seconds:.0f} s")
     return result[0]

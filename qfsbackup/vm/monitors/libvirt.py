@@ -62,6 +62,7 @@ class LibvirtMonitor:
         self._uri, self._name, self._on_gone = uri, name, on_gone
         self._token = trio.lowlevel.current_trio_token()
         self._domain: Domain | None = None
+        self._dead: Domain | None = None  # of a connection that was lost
         self._run: int | None = None
         self._changed = trio.Event()  # the connection came or went
         self._one = trio.CapacityLimiter(1)  # a thread keeps it for as long as libvirt has its command
@@ -183,7 +184,7 @@ class LibvirtMonitor:
         domain = await in_time(partial(open_domain, self._uri, self._name, ears), CONNECT_TIMEOUT)
         opened.append(domain)
         if self._run not in (None, domain.run):
-            domain.close()
+            await in_time(domain.close, CLOSE_TIMEOUT)
             raise OffError("the domain was started anew")
         self._run, self._domain = domain.run, domain
         self.peer_pid = self.peer_pid or await process_of(domain.uuid)
@@ -202,6 +203,7 @@ class LibvirtMonitor:
             if self._domain is not None:
                 await self._changed.wait()
                 continue
+            await self.close()
             try:
                 await self.open()
                 log.warning("libvirtd is back")
@@ -212,9 +214,11 @@ class LibvirtMonitor:
 
     async def close(self) -> None:
         """Let libvirt go."""
-        if self._domain:
-            with suppress(NoAnswerError):
-                await in_time(self._domain.close, CLOSE_TIMEOUT)
+        for domain in (self._domain, self._dead):
+            if domain:
+                with suppress(NoAnswerError):
+                    await in_time(domain.close, CLOSE_TIMEOUT)
+        self._domain = self._dead = None
 
     def _event(self, name: str, data: Mapping[str, Any]) -> None:
         for wanted, events in self._listening:
@@ -230,7 +234,7 @@ class LibvirtMonitor:
     def _lost(self, *domain: Domain) -> None:
         if self._domain in domain:
             log.warning("libvirtd is gone; the domain runs on")
-            self._domain = None
+            self._domain, self._dead = None, self._domain
             self._change()
 
     def _change(self) -> None:

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import libvirt
@@ -51,11 +51,25 @@ class Ears:
 class Domain:
     """A domain that runs, made by `open_domain`. `run`: which of its runs; another one has another number."""
 
-    def __init__(self, connection: libvirt.virConnect, domain: libvirt.virDomain) -> None:
-        self._connection, self._domain = connection, domain
-        self.run: int = domain.ID()
-        self.uuid: str = domain.UUIDString()
-        self._undo: list[Callable[[], object]] = [connection.close]
+    def __init__(self) -> None:
+        self._connection: libvirt.virConnect = None
+        self._domain: libvirt.virDomain = None
+        self._undo: list[Callable[[], object]] = []
+        self.run, self.uuid = 0, ""
+
+    def open(self, uri: str, name: str, ears: Ears) -> None:
+        """Find it. Raises OffError, LibvirtError."""
+        self._ask(partial(self._connect, uri))
+        self._domain = self._ask(lambda: self._connection.lookupByName(name))
+        self.run, self.uuid = self._domain.ID(), self._domain.UUIDString()
+        self._ask(partial(self._listen, ears))
+        if not self._ask(lambda: self._domain.isActive()):  # asked after we listen, so that its end cannot be missed
+            raise OffError("it is shut off")
+
+    def _connect(self, uri: str) -> None:
+        self._connection = libvirt.open(uri)
+        self._undo.append(self._connection.close)
+        self._connection.setKeepAlive(*KEEPALIVE)
 
     def command(self, text: str, descriptors: list[int], *, settle: bool) -> Mapping[str, Any]:
         """QEMU's answer to a QMP command; `settle`: what happened before it is told first. Raises LibvirtError."""
@@ -78,13 +92,7 @@ class Domain:
         text: str = self._ask(lambda: self._domain.XMLDesc(libvirt.VIR_DOMAIN_XML_INACTIVE if inactive else 0))
         return text
 
-    def is_active(self) -> bool:
-        """Does it run. Raises LibvirtError."""
-        return bool(self._ask(self._domain.isActive))
-
-    def listen(self, ears: Ears) -> None:
-        """Until it is closed. Raises libvirt.libvirtError."""
-
+    def _listen(self, ears: Ears) -> None:
         def event(_c: object, _d: object, name: str, _s: int, _us: int, details: str | None, _o: object) -> None:
             ears.event(name, json.loads(details) if details else {})
 
@@ -101,20 +109,22 @@ class Domain:
         self._undo.append(lambda: libvirt_qemu.qemuMonitorEventDeregister(connection, qemu))
 
     def close(self) -> None:
-        """Let the connection go."""
+        """Let the connection go: it ends with the last of libvirt's objects that know it."""
         while self._undo:
             with suppress(libvirt.libvirtError):
                 self._undo.pop()()
+        self._domain = self._connection = None
 
     def _ask(self, call: Callable[[], Any]) -> Any:
         try:
             return call()
         except libvirt.libvirtError as error:
-            raise self._reason(error) from error
+            reason = [self._reason(error)]
+        raise reason.pop()  # here and so, for an error that is kept would keep the connection
 
     def _reason(self, error: libvirt.libvirtError) -> LibvirtError:
         code, text = error.get_error_code(), str(error)
-        if error.get_error_domain() == libvirt.VIR_FROM_RPC or not self._connection.isAlive():
+        if error.get_error_domain() == libvirt.VIR_FROM_RPC or not (self._connection and self._connection.isAlive()):
             return LibvirtError(text, lost=True)
         if code == libvirt.VIR_ERR_NO_DOMAIN or (code == libvirt.VIR_ERR_OPERATION_INVALID and "not running" in text):
             return OffError(text)
@@ -126,20 +136,12 @@ class Domain:
 def open_domain(uri: str, name: str, ears: Ears) -> Domain:
     """Find a running domain. Raises OffError, LibvirtError."""
     _event_loop()
+    domain = Domain()
     try:
-        connection = libvirt.open(uri)
-        connection.setKeepAlive(*KEEPALIVE)
-    except libvirt.libvirtError as error:
-        raise LibvirtError(str(error), lost=True) from error
-    try:
-        domain = Domain(connection, connection.lookupByName(name))
-        domain.listen(ears)
-    except libvirt.libvirtError as error:
-        connection.close()
-        raise (OffError if error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN else LibvirtError)(str(error)) from error
-    if not domain.is_active():  # asked after we listen, so that its end cannot be missed
+        domain.open(uri, name, ears)
+    except BaseException:
         domain.close()
-        raise OffError("it is shut off")
+        raise
     return domain
 
 

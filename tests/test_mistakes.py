@@ -79,7 +79,9 @@ NO_VM = [
     # what SOURCE is not
     mistake("qfsbackup mount '' $MNT", 1, "SOURCE is empty", "NBD URI"),
     mistake("qfsbackup mount qmp: $MNT", 1, "SOURCE is empty"),
-    mistake("qfsbackup mount web1 $MNT", 32, "no socket web1 in this folder", "the name of a VM does not do"),
+    mistake(
+        "qfsbackup mount web1 $MNT", 32, "no socket web1 in this folder", "the name of a VM does not do", "libvirt:web1"
+    ),
     mistake("qfsbackup run 100 -- true", 125, "no socket 100 in this folder"),
     mistake("qfsbackup mount pve:100 $MNT", 1, "no source is called pve:", "QMP socket for backups"),
     mistake("qfsbackup mount libvirt: $MNT", 1, "no domain's name", "virsh list"),

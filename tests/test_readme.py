@@ -2,7 +2,7 @@
 """README.md's blocks of code are run as they stand there, in their order, with a booted guest and its agent.
 
 What a block is, the word behind its three backticks says. Not run: `console` (installs things on this machine), `qemu`
-(pieces of a command line), `xml`, `text`, and `borg2` (tests/incremental/test_borg_map.py has it).
+(pieces of a command line), `text`, `borg2` (tests/incremental/test_borg_map.py has it) and `libvirt` (tests/libvirt).
 """
 
 import configparser
@@ -20,7 +20,7 @@ from tests.harness.vm import running_vm
 
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NOT_RUN = {"console", "qemu", "xml", "text", "borg2"}
+NOT_RUN = {"console", "qemu", "text", "borg2", "libvirt"}
 UNITS = {"restic": "qfsbackup-restic@.service", "look": "qfsbackup@.service"}
 
 

@@ -58,4 +58,5 @@ def _check_path(text: str) -> None:
             EXIT_USAGE,
         )
     if re.fullmatch(r"[\w-]+", text):
-        raise UserError(f"there is no socket {text} in this folder, and the name of a VM does not do", MANAGED)
+        what = f"there is no socket {text} in this folder, and the name of a VM does not do"
+        raise UserError(what, f"If it is libvirt's: libvirt:{text}. {MANAGED}")

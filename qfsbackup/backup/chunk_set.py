@@ -12,11 +12,14 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from qfsbackup.backup.described import HINT, Described, check_together, described
 from qfsbackup.backup.names import chunk_path
 from qfsbackup.backup.partitions import check_end
+from qfsbackup.backup.threads import each
 from qfsbackup.errors import EXIT_SYSTEM, UserError
 from qfsbackup.facts import is_chunk_size
 
@@ -69,20 +72,24 @@ def check_one_backup(chunks: ChunkSet, *, torn: bool = False) -> None:
 
 def _files(folder: Path) -> dict[str, os.stat_result]:
     """Every file, by its path below `folder`."""
-    found = {}
     try:
-        for part in folder.iterdir():
-            if not part.is_dir() or part.is_symlink():
-                raise _no_chunks(folder, part)
-            for path in part.iterdir():
-                status = path.lstat()
-                if stat.S_ISDIR(status.st_mode):
-                    raise _above(folder)
-                if not stat.S_ISREG(status.st_mode):
-                    raise _refused(f"{path} is not a file")
-                found[f"{part.name}/{path.name}"] = status
+        return dict(chain.from_iterable(each(partial(_part, folder), list(folder.iterdir()))))
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}", _hint(error), EXIT_SYSTEM) from None
+
+
+def _part(folder: Path, part: Path) -> list[tuple[str, os.stat_result]]:
+    """Those of one folder of chunks. Raises UserError, OSError."""
+    if not part.is_dir() or part.is_symlink():
+        raise _no_chunks(folder, part)
+    found = []
+    for path in part.iterdir():
+        status = path.lstat()
+        if stat.S_ISDIR(status.st_mode):
+            raise _above(folder)
+        if not stat.S_ISREG(status.st_mode):
+            raise _refused(f"{path} is not a file")
+        found.append((f"{part.name}/{path.name}", status))
     return found
 
 

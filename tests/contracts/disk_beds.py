@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """Something real behind each kind of disk, and what it holds. A new kind is a line in BEDS."""
 
+import os
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -13,12 +14,14 @@ from qfsbackup.health import Health
 from qfsbackup.status import DiskStatus, Status
 from tests.contracts.toy import ToyDisk
 from tests.fs.memory import MemoryDisk
+from tests.harness.chunk_set import cut
 from tests.harness.disk import Disk as Image
 from tests.harness.files import make_random
 from tests.harness.nbd_server import NbdServer, nbdkit, qemu_nbd
 from tests.harness.qemu import Qemu, selected
 from tests.harness.vm import running_vm
 from tests.nbd.disks import opened
+from tests.sources.support import snapshot_of
 from tests.vm.support import make_source
 
 SIZE = (2 << 20) + 512  # ends in the middle of a cluster
@@ -73,6 +76,20 @@ async def by_snapshot(qemu: Qemu, folder: Path) -> AsyncIterator[Bed]:
 
 
 @asynccontextmanager
+async def by_chunks(folder: Path) -> AsyncIterator[Bed]:
+    """A backup, which somebody changes."""
+    content = make_random(folder / "image", SIZE, hole_every=5).read_bytes()
+    chunks = cut(folder / "chunks" / "vda", content)
+
+    def change() -> None:
+        for path in chunks.glob("*/*"):
+            os.truncate(path, 0)
+
+    async with snapshot_of(chunks) as (_, disks, status):
+        yield Bed(disks["vda"], content, status.health, status.disks["vda"], change)
+
+
+@asynccontextmanager
 async def by_hand(disk: Disk, content: bytes, *, guards: bool = True) -> AsyncIterator[Bed]:
     yield Bed(disk, content, Health(), guards=guards)
 
@@ -85,6 +102,7 @@ BEDS: dict[str, Callable[[Path], AbstractAsyncContextManager[Bed]]] = {
     "one-connection": lambda folder: by_nbdkit(folder, "--filter=multi-conn", policy=["multi-conn-mode=disable"]),
     "large-blocks": lambda folder: by_nbdkit(folder, "--filter=blocksize-policy", policy=LARGE, unit=4096),
     "read-only": lambda folder: by_nbdkit(folder, "-r"),
+    "chunks": by_chunks,
     "memory": lambda _: by_hand(MemoryDisk(CONTENT), CONTENT),
     "toy": lambda _: by_hand(ToyDisk(CONTENT), CONTENT, guards=False),
 }

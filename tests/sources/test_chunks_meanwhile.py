@@ -62,6 +62,15 @@ async def test_a_folder_below_the_mountpoint_is_still_the_backup(chunks: Path, t
         assert await aside(mount.image("vda").read_bytes) == (tmp_path / "expected").read_bytes()
 
 
+async def test_reads_that_are_under_way_at_the_end_break_nothing(chunks: Path) -> None:
+    answers: list[object] = []
+    async with snapshot_of(chunks) as (_, disks, status):
+        for number in range(60):
+            disks["vda"].read(2 * CHUNK + number * 512, 512, answers.append)
+    assert len(answers) == 60
+    assert not status.health.broken
+
+
 async def test_a_folder_that_hangs_is_told_in_time_and_answers_again(
     chunks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,7 +85,7 @@ def _backup(disk: Filtered) -> Mapping[str, object]:
 
 @asynccontextmanager
 async def watched(qmp: Monitor, disks: Sequence[Filtered], lost: Callable[[str], None]) -> AsyncIterator[None]:
-    """A look, and from then on QEMU's events."""
+    """A look, and from then on QEMU's events: other than with filters a connection is kept all the time."""
     async with qmp.listen(CHANGE) as changes:
         for disk in disks:
             if await _status(qmp, disk.filter) is None:

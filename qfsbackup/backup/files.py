@@ -7,6 +7,7 @@ too, gets in between.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from qfsbackup.backup.chunk_set import ChunkSet
 from qfsbackup.backup.names import chunk_path
 
-MOST_OPEN = 64  # files of a disk, and those that are being read
+MOST_OPEN = 256  # files of a disk, and those that are being read
 
 
 class ChangedError(Exception):
@@ -34,7 +35,8 @@ class ChunkFiles:
         """Raises OSError."""
         self._chunks = chunks
         self._open: dict[int, _Open] = {}  # the one that was not read for longest comes first
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # never held while a file system is asked
+        self._now = True  # may be asked what is in the page cache: the kernel can do that with most local file systems
         self._folder = os.open(chunks.folder, os.O_RDONLY | os.O_DIRECTORY)
 
     def read(self, number: int, offset: int, length: int) -> bytes:
@@ -50,6 +52,27 @@ class ChunkFiles:
             self._give_back(number, file)
         if len(content) != length:
             raise self._changed(number)
+        return content
+
+    def read_now(self, number: int, offset: int, length: int) -> bytearray | None:
+        """The same where it costs no waiting (preadv2(2), RWF_NOWAIT), else None. Raises OSError, ChangedError."""
+        file = self._take_open(number) if self._now else None
+        if file is None:
+            return None
+        content = bytearray(length)
+        try:
+            if os.preadv(file.descriptor, [content], offset, os.RWF_NOWAIT) != length:
+                return None
+            self._check(number, file.descriptor)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            self._now = False
+            return None
+        finally:
+            self._give_back(number, file)
         return content
 
     def probe(self) -> bytes:
@@ -76,12 +99,17 @@ class ChunkFiles:
     def _opened(self, number: int) -> int:
         return os.open(chunk_path(number), os.O_RDONLY, dir_fd=self._folder)
 
-    def _take(self, number: int) -> _Open:
+    def _take_open(self, number: int) -> _Open | None:
         with self._lock:
-            if file := self._open.pop(number, None):
+            file = self._open.pop(number, None)
+            if file:
                 self._open[number] = file
                 file.readers += 1
-                return file
+        return file
+
+    def _take(self, number: int) -> _Open:
+        if file := self._take_open(number):
+            return file
         file = _Open(self._opened(number), readers=1)
         with self._lock:
             if self._folder >= 0:

@@ -16,7 +16,7 @@ from qfsbackup.errors import UserError
 from qfsbackup.restore.restore import restore
 from qfsbackup.sources import find
 from tests.harness.chunk_set import CHUNK, cut, describe, make_content
-from tests.harness.mount import qfsbackup
+from tests.harness.mount import PROGRAM, command, qfsbackup
 from tests.sources.support import content_of, snapshot_of
 from tests.test_restore_torn import MTIME, TIMES, set_time
 
@@ -65,7 +65,7 @@ async def test_a_file_that_says_it_is_full_is_data_without_being_opened(tmp_path
 
 
 async def test_reads_of_several_at_once_and_of_more_files_than_stay_open(tmp_path: Path) -> None:
-    content = make_content(200 * CHUNK, [(0, 200 * CHUNK)])
+    content = make_content(400 * CHUNK, [(0, 400 * CHUNK)])
     cut(tmp_path / "chunks" / "vda", content)
     descriptors = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     async with snapshot_of(tmp_path) as (_, disks, _status):
@@ -78,7 +78,7 @@ async def test_reads_of_several_at_once_and_of_more_files_than_stay_open(tmp_pat
         async with trio.open_nursery() as readers:
             for first in range(40):
                 readers.start_soon(read, first)
-        assert len(os.listdir("/proc/self/fd")) < descriptors + 100  # noqa: PTH208
+        assert len(os.listdir("/proc/self/fd")) < descriptors + 300  # noqa: PTH208
     assert len(os.listdir("/proc/self/fd")) == descriptors  # noqa: PTH208
 
 
@@ -209,6 +209,20 @@ async def test_an_option_of_a_vm_or_a_server_is_refused(chunks: Path, directory:
     done = await qfsbackup("mount", f"chunks:{chunks}", directory, "-o", options)
     done.refused(1)
     assert options.partition("=")[0] in done.stderr
+
+
+async def test_run_and_the_mount_helper_take_it_too(chunks: Path, tmp_path: Path, directory: Path) -> None:
+    line: list[str | Path] = ["--mountpoint", directory, "--", "cmp", "images/vda.raw", tmp_path / "expected"]
+    done = await qfsbackup("run", f"chunks:{chunks}", *line)
+    assert done.code == 0, done
+    helper = PROGRAM.with_name("mount.qfsbackup")
+    assert (await command(helper, f"chunks:{chunks}", directory, "-o", "ro,noauto")).code == 0
+    try:
+        assert f"chunks:{chunks} {directory} fuse.qfsbackup ro" in (await command("cat", "/proc/mounts")).stdout
+    finally:
+        assert (await qfsbackup("umount", directory)).code == 0
+    (await command(helper, "chunks:/nonexistent", directory)).refused(32, "/nonexistent")
+    assert (await command(helper, "chunks:/nonexistent", directory, "-o", "nofail")).code == 0
 
 
 async def test_what_is_no_backup_is_refused(tmp_path: Path) -> None:

@@ -45,6 +45,36 @@ async def test_a_chunk_that_is_changed_meanwhile_breaks_the_mount(chunks: Path, 
         assert chunk_path(2) in (status.health.broken or "")
 
 
+@pytest.mark.parametrize("change", [changed, shortened])
+async def test_so_does_one_that_is_open(chunks: Path, change: Callable[[Path], None]) -> None:
+    async with snapshot_of(chunks) as (_, disks, status):
+        await awaited(disks["vda"].read, 2 * CHUNK + 512, 512)
+        change(chunks / chunk_path(2))
+        with pytest.raises(FsError):
+            await awaited(disks["vda"].read, 2 * CHUNK + 512, 512)
+        assert chunk_path(2) in (status.health.broken or "")
+
+
+async def test_what_is_in_the_page_cache_is_answered_at_once(chunks: Path, tmp_path: Path) -> None:
+    if not has_nowait(chunks / chunk_path(2)):
+        pytest.skip("not with this file system: tmpfs, FUSE and NFS cannot tell")
+    answers: list[object] = []
+    async with snapshot_of(chunks) as (_, disks, _status):
+        first = await awaited(disks["vda"].read, 2 * CHUNK, CHUNK)
+        disks["vda"].read(2 * CHUNK, CHUNK, answers.append)
+        assert answers == [first]
+        assert first == (tmp_path / "expected").read_bytes()[2 * CHUNK : 3 * CHUNK]
+
+
+def has_nowait(path: Path) -> bool:
+    """Can the file system read what is in the page cache and nothing else."""
+    with path.open("rb") as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(512)], 0, os.RWF_NOWAIT) > 0
+        except OSError:
+            return False
+
+
 async def test_a_mount_of_a_changed_backup_gives_eio_and_ends_with_2(chunks: Path, tmp_path: Path) -> None:
     async with mounted(f"chunks:{chunks}", tmp_path / "mnt", expected=(2,)) as mount:
         assert await aside(mount.image("vda").read_bytes) == (tmp_path / "expected").read_bytes()

@@ -26,7 +26,7 @@ from qfsbackup.ranges import RangeSet
 from qfsbackup.status import Status
 
 PIECE = 1 << 20  # bytes
-GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN}
+GONE = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN, errno.ECONNABORTED}
 OPENING, CLOSING = 30.0, 2.0  # seconds
 
 

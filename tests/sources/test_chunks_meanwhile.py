@@ -4,6 +4,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from qfsbackup.sources import chunks as kind
 from tests.faults.stores import HangingStore, hanging_store
 from tests.faults.support import ended, until
 from tests.harness.chunk_set import CHUNK
-from tests.harness.mount import aside, is_mounted, mounted, qfsbackup
+from tests.harness.mount import aside, ending, is_mounted, mounted, qfsbackup
 from tests.sources.support import snapshot_of
 
 
@@ -90,6 +91,21 @@ async def test_a_folder_below_the_mountpoint_is_still_the_backup(chunks: Path, t
     """The mount covers what it reads."""
     async with mounted(f"chunks:{chunks}", chunks.parent) as mount:
         assert await aside(mount.image("vda").read_bytes) == (tmp_path / "expected").read_bytes()
+
+
+async def test_what_mounted_the_backup_dies_and_the_mount_breaks(chunks: Path, tmp_path: Path) -> None:
+    """Here it is another mount of ours."""
+    async with (
+        mounted(f"chunks:{chunks}", tmp_path / "below", expected=(137,)) as below,
+        snapshot_of(below.path) as (_, disks, status),
+    ):
+        assert await awaited(disks["vda"].read, 0, 512) == (tmp_path / "expected").read_bytes()[:512]
+        worker = await below.worker()
+        async with ending(worker):
+            os.kill(worker, signal.SIGKILL)
+        with pytest.raises(FsError):
+            await disks["vda"].probe()
+        assert status.health.broken
 
 
 async def test_reads_that_are_under_way_at_the_end_break_nothing(chunks: Path) -> None:

@@ -39,6 +39,10 @@ class Grid:
         """The latest time of the chunks number `first` to `last` (excluded); 0 where there are none."""
         return max(self.times[first:last], default=0)
 
+    def changed(self, time: int) -> RangeSet:
+        """The chunks with this time: for a mount's own, all that it shows as changed."""
+        return RangeSet(self.span(number) for number, own in enumerate(self.times) if own == time)
+
 
 def cut(size: int, dirty: RangeSet, time: int, base: Grid | None = None, chunk: int | None = None) -> Grid:
     """The grid that a mount shows, whose time is `time`.

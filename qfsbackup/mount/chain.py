@@ -27,6 +27,7 @@ from qfsbackup.facts import CheckpointRequest, Known
 from qfsbackup.fs.grid import Grid, cut
 from qfsbackup.mount.checking import check
 from qfsbackup.patience import NoAnswerError, Patience, in_time
+from qfsbackup.ranges import RangeSet
 from qfsbackup.state.store import DiskState, Store, committed_generations, new_generation, open_store
 from qfsbackup.status import Status
 
@@ -123,19 +124,25 @@ class Chain:
         return await self._ask(lambda: Numbers(store.vm_number(), {name: store.disk_number(name) for name in disks}))
 
     async def grids(self, snapshot: Snapshot, shown: int, disks: Sequence[Disk]) -> dict[str, Grid]:
-        """How each disk is cut, and when its chunks changed; noted for the commit."""
+        """How each disk is cut, and when its chunks changed; noted for the commit.
+
+        What was shown as changed and not committed is shown as changed again, also where it is as it was then.
+        """
         last = await self._ask(partial(self._opened.disks, self._target))
+        uncommitted = await self._ask(partial(self._opened.uncommitted, self._target))
         self.base_instants = {name: disk.instant for name, disk in last.items()}
         grids = {}
         for found, disk in zip(snapshot.disks, disks, strict=True):
             old = last.get(found.name)  # also where all is dirty: the chunk size stays
             base = Grid(old.size, old.chunk, old.times) if old else None
-            grid = cut(found.size, disk.dirty, shown, base, self._chunk)
+            grid = cut(found.size, disk.dirty | uncommitted.get(found.name, RangeSet()), shown, base, self._chunk)
             grids[found.name] = grid
+            uncommitted[found.name] = grid.changed(shown)
             if found.generation:
                 self._next[found.name] = DiskState(
                     found.generation, snapshot.instant, found.size, found.content, grid.chunk, grid.times
                 )
+        await self._ask(partial(self._opened.show_uncommitted, self._target, uncommitted))
         return grids
 
     async def commit(self, snapshot: Snapshot, disks: Sequence[Disk], status: Status) -> None:

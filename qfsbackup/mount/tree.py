@@ -38,7 +38,7 @@ async def make_tree(
     shown = _shown(snapshot, disks, numbers, grids, status)
     images = options.access == "full"
     if not images:
-        await _leave_out_clean(shown, grids)
+        await _leave_out_clean(shown, grids, time)
     look = Look(
         time=time,
         newest=max(time + SECOND, snapshot.instant // SECOND * SECOND) if chain else snapshot.instant,
@@ -67,11 +67,10 @@ def _shown(
     return shown
 
 
-async def _leave_out_clean(shown: Sequence[ShownDisk], grids: Mapping[str, Grid]) -> None:
-    """Give every chunk back that is not dirty: guest writes there then cost no copying."""
+async def _leave_out_clean(shown: Sequence[ShownDisk], grids: Mapping[str, Grid], time: int) -> None:
+    """Give every chunk back that has not this mount's time: guest writes there then cost no copying."""
     for disk in shown:
-        wanted = disk.frozen.dirty.aligned_outward(grids[disk.name].chunk, disk.frozen.size)
-        for start, end in RangeSet([(0, disk.frozen.size)]) - wanted:
+        for start, end in RangeSet([(0, disk.frozen.size)]) - grids[disk.name].changed(time):
             await disk.frozen.release(start, end)
 
 

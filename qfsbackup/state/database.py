@@ -36,8 +36,12 @@ SCHEMA = (
     "times BLOB NOT NULL, digest BLOB NOT NULL, PRIMARY KEY (target, disk))",
 )
 
-# Stores of the first version get it when they are opened: nothing is known of how their mounts ended.
-MOUNTED = "CREATE TABLE IF NOT EXISTS mounted (target TEXT PRIMARY KEY, clock INTEGER NOT NULL, open INTEGER NOT NULL)"
+# Older stores get them when they are opened: nothing is known of how their mounts ended, and what those showed.
+LATER = (
+    "CREATE TABLE IF NOT EXISTS mounted (target TEXT PRIMARY KEY, clock INTEGER NOT NULL, open INTEGER NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS uncommitted (target TEXT NOT NULL, disk INTEGER NOT NULL REFERENCES disk, "
+    "borders BLOB NOT NULL, digest BLOB NOT NULL, PRIMARY KEY (target, disk))",
+)
 
 
 class UnusableError(Exception):
@@ -89,7 +93,8 @@ def _check(database: sqlite3.Connection) -> None:
     application, version = _value(database, "PRAGMA application_id"), _value(database, "PRAGMA user_version")
     if (application, version) != (APPLICATION, FORMAT):
         raise UnusableError(f"application {application}, format {version} instead of {APPLICATION}, {FORMAT}")
-    database.execute(MOUNTED)
+    for statement in LATER:
+        database.execute(statement)
 
 
 def _create(database: sqlite3.Connection) -> None:

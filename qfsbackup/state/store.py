@@ -13,6 +13,9 @@ Why a skipped file is always the same file. Tools skip a file whose size, mtime,
   that changed since then must have a later time. That start lies before the end of the mount in which it was: `end`
   stores when that was, and the next time is later. Where it is not known, for the mount died, the time is the new
   instant, rounded up. To deceive them, the clock must be set back during a mount that then dies.
+- A chunk may be what it was at the commit, and yet not what the tool has: a mount that was not committed may have shown
+  another one there (disks that change places and back, an image that is put back). So what was shown as changed since
+  the commit stays so until the next one: `show_uncommitted` stores it before anybody sees it.
 - With the store the times are lost, but also the numbers that the inodes are made of: a new store starts at a random
   one. To deceive rsync, which looks at no inode, or a tool that compares with its own start, the store must be lost
   within seconds of a mount, or the clock be set back as well.
@@ -39,12 +42,14 @@ from pathlib import Path
 from qfsbackup.errors import UserError
 from qfsbackup.facts import Base
 from qfsbackup.options import STATES
+from qfsbackup.ranges import RangeSet
 from qfsbackup.state.database import EVERY_TARGET, ID_BYTES, SECOND, failed, open_database, show, transaction
 from qfsbackup.state.files import check_folder, lock_path, locked, prepare_folder, store_path
 
 log = logging.getLogger(__name__)
 
 EARLIER = 5  # seconds before the instant
+ALL = 1 << 63  # bytes: no disk is larger
 NO_DISK = "null"  # no name looks so: names are JSON strings, in quotes
 
 
@@ -168,10 +173,34 @@ class Store:
         with self._transaction():
             self._database.execute("UPDATE mounted SET clock = ?, open = 0 WHERE target = ?", (now, _as_text(target)))
 
+    def uncommitted(self, target: str) -> dict[str, RangeSet]:
+        """By the disk's name, what mounts have shown as changed since the last commit."""
+        found = {}
+        query = (
+            "SELECT name, disk, borders, digest FROM uncommitted JOIN disk ON disk = number "
+            "WHERE uuid = ? AND target = ?"
+        )
+        with self._transaction():
+            rows = self._database.execute(query, (self._uuid, _as_text(target))).fetchall()
+        for name, disk, borders, digest in rows:
+            sound = _digest(_as_text(target), disk, borders) == digest
+            found[json.loads(name)] = RangeSet.from_borders(array("Q", borders)) if sound else RangeSet([(0, ALL)])
+        return found
+
+    def show_uncommitted(self, target: str, disks: Mapping[str, RangeSet]) -> None:
+        """These disks' mounts show this as changed."""
+        keys = [(_as_text(target), self.disk_number(name), ranges.borders.tobytes()) for name, ranges in disks.items()]
+        with self._transaction():
+            rows = [(*key, _digest(*key)) for key in keys]
+            self._database.executemany("INSERT OR REPLACE INTO uncommitted VALUES (?, ?, ?, ?)", rows)
+
     def commit(self, target: str, disks: Mapping[str, DiskState]) -> None:
         """From now on these disks' next backups start here; the target's other disks stay as they are."""
         rows = [self._row(target, name, disk) for name, disk in disks.items()]
         with self._transaction():
+            self._database.executemany(
+                "DELETE FROM uncommitted WHERE target = ? AND disk = ?", [row[:2] for row in rows]
+            )
             self._database.executemany("INSERT OR REPLACE INTO base VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def _row(self, target: str, name: str, disk: DiskState) -> tuple[object, ...]:

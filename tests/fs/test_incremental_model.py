@@ -143,7 +143,8 @@ class Machine(RuleBasedStateMachine):
             mark = {"count": self.left[target, committed.generation], "granularity": CHUNK}
             dirty.add(low_water(mark, committed.size) or 0, size)
         time = store.begin(target, instant)
-        grid = cut(size, dirty, time, base, CHUNK)
+        grid = cut(size, dirty | store.uncommitted(target).get("vda", RangeSet()), time, base, CHUNK)
+        store.show_uncommitted(target, {"vda": grid.changed(time)})
         disk = frozen(MemoryDisk(bytes(self.content), dirty=dirty))
         shown = ShownDisk("vda", store.disk_number("vda"), disk, grid)
         snapshot = Snapshot(vm="web1", uuid=UUID, instant=instant, disks=())

@@ -2,12 +2,13 @@
 """A VM that is started and stopped as a test likes, and committed backups of it: real but for FUSE, which takes a
 second a mount.
 
-After each backup, what a tool holds that reads a chunk again only where its time or size has changed is compared with
-what the disks are, found without the product.
+After each backup, what two tools hold is compared with what the disks are, found without the product: one reads a chunk
+again only where its time or size has changed, the other where its time is not before the start of its own last run.
 """
 
 import json
 import shutil
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -41,6 +42,7 @@ class ChainLab:
         self._running = AsyncExitStack()
         self._vm: Vm | None = None
         self._held: dict[str, dict[int, tuple[int, bytes]]] = {}  # disk -> chunk's number -> time and content
+        self._since: dict[str, tuple[int, dict[int, bytes]]] = {}  # disk -> start of the last run, chunks by number
 
     @property
     def vm(self) -> Vm:
@@ -121,7 +123,7 @@ class ChainLab:
         self, target: str = "nas", *, in_image: bool = True, commit: bool = True, **more: Any
     ) -> dict[str, SnapshotDisk]:
         """Back up and commit; the tool then holds the disks, byte for byte. What was said of each disk."""
-        held: dict[str, bytes] = {}
+        held: dict[str, list[bytes]] = {}
         async with AsyncExitStack() as stack:
             chain = await stack.enter_async_context(open_chain(target, self.folder, CHUNK, in_image=in_image))
             source = self.source(checkpoint=chain.request, **more)
@@ -133,18 +135,34 @@ class ChainLab:
                 held[found.name] = self._take(f"{target} {found.name}", grids[found.name], content)
             if commit:
                 await chain.commit(snapshot, disks, source.status)
-        for name, content in held.items():
-            assert content == await self.content(name), f"what is held of {name} is another disk"
+        for name, contents in held.items():
+            now = await self.content(name)
+            assert [content == now for content in contents] == [True, True], f"what is held of {name} is another disk"
         return {disk.name: disk for disk in snapshot.disks}
 
-    def _take(self, disk: str, grid: Grid, content: bytes) -> bytes:
-        """Read as rsync does: what has another time or size. All that is held then."""
+    def _take(self, disk: str, grid: Grid, content: bytes) -> list[bytes]:
+        """One run of both tools. All that each holds then."""
+        return [self._take_other(disk, grid, content), self._take_newer(disk, grid, content)]
+
+    def _take_newer(self, disk: str, grid: Grid, content: bytes) -> bytes:
+        """Read as GNU tar does: what is as new as the last run."""
+        start = time.time_ns()
+        last, kept = self._since.get(disk, (0, {}))
+        new = {
+            number: kept[number] if changed < last and number in kept else content[slice(*grid.span(number))]
+            for number, changed in enumerate(grid.times)
+        }
+        self._since[disk] = start, new
+        return b"".join(new.values())
+
+    def _take_other(self, disk: str, grid: Grid, content: bytes) -> bytes:
+        """Read as rsync does: what has another time or size."""
         old, new = self._held.get(disk, {}), {}
-        for number, time in enumerate(grid.times):
+        for number, changed in enumerate(grid.times):
             start, end = grid.span(number)
             kept = old.get(number)
-            same = kept is not None and kept[0] == time and len(kept[1]) == end - start
-            new[number] = kept if same and kept else (time, content[start:end])
+            same = kept is not None and kept[0] == changed and len(kept[1]) == end - start
+            new[number] = kept if same and kept else (changed, content[start:end])
         self._held[disk] = new
         return b"".join(piece for _, piece in new.values())
 

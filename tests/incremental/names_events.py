@@ -88,6 +88,19 @@ async def two_ids_that_change_places_without_a_restart(lab: ChainLab) -> dict[st
     return {"sda": "was called sdb", "sdb": "was called sda"}
 
 
+async def two_ids_that_change_places_and_back_without_a_commit(lab: ChainLab) -> dict[str, str]:
+    """The bitmaps of the commit count again, but what the tools have is of the other disk."""
+    await scsi(lab, "raw")
+    for nodes in ("nb", "na"), ("na", "nb"):
+        await lab.unplug("sda")
+        await lab.unplug("sdb")
+        await lab.plug("sda", nodes[0])
+        await lab.plug("sdb", nodes[1])
+        if nodes == ("nb", "na"):
+            await lab.backup(commit=False)
+    return {"sda": "reuse", "sdb": "reuse"}
+
+
 async def another_size_under_the_name_without_a_restart(lab: ChainLab) -> dict[str, str]:
     await scsi(lab, "raw", other_size=2 * SIZE)
     await lab.unplug("sda")
@@ -162,6 +175,7 @@ async def a_clone_of_the_same_name_and_uuid(lab: ChainLab) -> dict[str, str]:
 NAMES = [
     *[a_restart, two_drives_that_change_places, a_drive_put_in_front, another_id_without_a_restart],
     *[two_ids_that_change_places_without_a_restart, another_size_under_the_name_without_a_restart],
+    two_ids_that_change_places_and_back_without_a_commit,
     *[the_data_disk_under_the_system_disks_name, an_older_copy, a_copy_made_after_the_last_commit],
     *[a_copy_of_another_disk, a_clone_of_the_same_name_and_uuid],
 ]

@@ -38,7 +38,7 @@ async def make_tree(
     shown = _shown(snapshot, disks, numbers, grids, status)
     images = options.access == "full"
     if not images:
-        await _leave_out_clean(shown, grids, time)
+        await _leave_out_clean(shown, grids, time if chain else None)
     look = Look(
         time=time,
         newest=max(time + SECOND, snapshot.instant // SECOND * SECOND) if chain else snapshot.instant,
@@ -67,10 +67,15 @@ def _shown(
     return shown
 
 
-async def _leave_out_clean(shown: Sequence[ShownDisk], grids: Mapping[str, Grid], time: int) -> None:
-    """Give every chunk back that has not this mount's time: guest writes there then cost no copying."""
+async def _leave_out_clean(shown: Sequence[ShownDisk], grids: Mapping[str, Grid], time: int | None) -> None:
+    """Give every chunk back that is clean: guest writes there then cost no copying.
+
+    Where there is a chain, what has not this mount's `time` is; it may have shown other chunks as changed before.
+    """
     for disk in shown:
-        for start, end in RangeSet([(0, disk.frozen.size)]) - grids[disk.name].changed(time):
+        grid = grids[disk.name]
+        dirty = disk.frozen.dirty.aligned_outward(grid.chunk, disk.frozen.size)
+        for start, end in RangeSet([(0, disk.frozen.size)]) - (dirty if time is None else grid.changed(time)):
             await disk.frozen.release(start, end)
 
 

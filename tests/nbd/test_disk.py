@@ -55,13 +55,6 @@ async def test_what_is_trimmed_twice_is_counted_once(qemu: Qemu, tmp_path: Path)
         assert counters.trimmed == 16 * CLUSTER
 
 
-async def test_a_disk_of_no_bytes_needs_no_server() -> None:
-    async with opened("", 0) as (disk, _):
-        assert (disk.size, len(disk.data), len(disk.dirty), disk.can_trim) == (0, 0, 0, False)
-        with pytest.raises(FsError):
-            await awaited(disk.read, 0, 1)
-
-
 async def test_a_minimum_block_is_honoured(tmp_path: Path) -> None:
     image = tmp_path / "disk.raw"
     image.write_bytes(CONTENT)

@@ -6,6 +6,7 @@ find(text) --> Source --snapshot(mounting)--> Snapshot --of each SnapshotDisk, o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -138,7 +139,7 @@ class Mounting:
         return self.runtime / FROZEN_NOTE
 
 
-class Source:
+class Source(ABC):
     """What a person names as SOURCE, made by `sources.find`; a kind adds what it can do more than nothing.
 
     The supervisor has one: making it, `check`, `is_there` and `thaw_unheard` import nothing heavy and start nothing.
@@ -161,12 +162,12 @@ class Source:
         """May something of ours be in a VM, and be undone some time. False where the VM is off."""
         return False
 
+    @abstractmethod
     def snapshot(self, mounting: Mounting) -> AbstractAsyncContextManager[Snapshot]:
         """Take a snapshot, and find out all of its disks; leaving the context undoes all that taking it did.
 
         Raises UserError where it cannot be had.
         """
-        raise NotImplementedError
 
     async def clean_up(self, options: Options) -> list[str]:
         """Undo what a dead mount left; safe to repeat. What was undone, a line each. Raises UserError.
@@ -188,7 +189,7 @@ class Source:
         """
         return await self.checkpoints(options)
 
-    def thaw_unheard(self, agent: str) -> None:
+    def thaw_unheard(self, agent: str) -> None:  # noqa: B027  # most kinds have no guest
         """Have the guest thaw, at once and without asking anything first. `agent` is what a mount's note calls it."""
 
     async def thaw(self, agent: str) -> bool:

@@ -6,7 +6,7 @@ The supervisor has one of these too: what needs trio is imported where it is use
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -19,7 +19,7 @@ from qfsbackup.vm.agents.agent_socket import AgentSocket
 from qfsbackup.vm.monitor import Monitor
 
 
-class VmSource(Source, ABC):
+class VmSource(Source):
     """A VM; `fallback` is what it is called where nobody has given it a name."""
 
     kind = "a VM"

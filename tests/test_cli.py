@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import trio
 
+from qfsbackup.tasks import background
 from tests.harness.files import opened_to_all
 from tests.harness.mount import (
     DONE,
@@ -23,7 +24,6 @@ from tests.harness.mount import (
 )
 from tests.harness.qemu import Qemu
 from tests.harness.sockets import listening
-from tests.harness.tasks import background
 from tests.harness.vm import Vm, running_vm
 
 USER = 41234

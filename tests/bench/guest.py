@@ -8,11 +8,11 @@ from pathlib import Path
 
 import trio
 
+from qfsbackup.tasks import background
 from tests.harness.disk import Disk
 from tests.harness.mount import Mount, aside, mounted
 from tests.harness.qemu import selected
 from tests.harness.shell import Writes, writing
-from tests.harness.tasks import background
 from tests.harness.vm import Vm, running_vm
 
 from .contenders import US

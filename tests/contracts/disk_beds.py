@@ -37,7 +37,6 @@ class Bed:
     health: Health
     figures: DiskStatus | None = None
     kill: Callable[[], None] | None = None
-    guards: bool = True  # does it answer EIO where it should not have been asked; FrozenDisk never asks
     unit: int = 1  # what shares so many bytes with something readable may go on being read
 
 
@@ -90,12 +89,12 @@ async def by_chunks(folder: Path) -> AsyncIterator[Bed]:
 
 
 @asynccontextmanager
-async def by_hand(disk: Disk, content: bytes, *, guards: bool = True) -> AsyncIterator[Bed]:
-    yield Bed(disk, content, Health(), guards=guards)
+async def by_hand(disk: Disk, content: bytes) -> AsyncIterator[Bed]:
+    yield Bed(disk, content, Health())
 
 
 LARGE = ["blocksize-minimum=4096", "blocksize-error-policy=error"]
-BEDS: dict[str, Callable[[Path], AbstractAsyncContextManager[Bed]]] = {
+KILLABLE: dict[str, Callable[[Path], AbstractAsyncContextManager[Bed]]] = {
     **{f"snapshot-{qemu}": partial(by_snapshot, qemu) for qemu in selected()},
     "qemu-nbd": by_qemu_nbd,
     "paced": lambda folder: by_qemu_nbd(folder, bwlimit=1 << 30),
@@ -103,6 +102,8 @@ BEDS: dict[str, Callable[[Path], AbstractAsyncContextManager[Bed]]] = {
     "large-blocks": lambda folder: by_nbdkit(folder, "--filter=blocksize-policy", policy=LARGE, unit=4096),
     "read-only": lambda folder: by_nbdkit(folder, "-r"),
     "chunks": by_chunks,
+}
+BEDS = KILLABLE | {
     "memory": lambda _: by_hand(MemoryDisk(CONTENT), CONTENT),
-    "toy": lambda _: by_hand(ToyDisk(CONTENT), CONTENT, guards=False),
+    "toy": lambda _: by_hand(ToyDisk(CONTENT), CONTENT),
 }

@@ -16,7 +16,7 @@ from qfsbackup.contracts import Buffer, Disk, awaited
 from qfsbackup.errors import FsError
 from qfsbackup.facts import CLUSTER
 from qfsbackup.ranges import RangeSet
-from tests.contracts.disk_beds import BEDS, SIZE, Bed
+from tests.contracts.disk_beds import BEDS, KILLABLE, SIZE, Bed
 from tests.nbd.disks import read
 
 Range = tuple[int, int]  # where it starts and ends
@@ -84,8 +84,7 @@ async def test_reads_at_once_are_answered_once_each_whatever_is_trimmed_meanwhil
                 start = chance.randrange(bed.disk.size - 1)
                 end = min(start + chance.choice((1, 512, 4096, 4096, 4096, 70_000, 200_000)), bed.disk.size)
                 for piece in pieces(bed.disk, start, end):
-                    if bed.guards or not trimmed.overlaps(*piece):
-                        asked.append((Asked(bed.disk, *piece), trimmed.overlaps(*piece)))
+                    asked.append((Asked(bed.disk, *piece), trimmed.overlaps(*piece)))
             if step % 6 == 0:
                 start = half + chance.randrange(half - CLUSTER)
                 trimmed.add(start, start + 50_000)
@@ -115,9 +114,8 @@ async def test_a_trim_forbids_just_its_range_and_gives_clusters_back_that_neighb
             await disk.trim(start, end - start)
         if bed.figures:
             assert bed.figures.trimmed == (whole * CLUSTER if disk.can_trim else 0)
-        if bed.guards:
-            assert isinstance(await Asked(disk, end - 1, end).answer(), FsError)
-            assert isinstance(await Asked(disk, start, end).answer(), FsError)
+        assert isinstance(await Asked(disk, end - 1, end).answer(), FsError)
+        assert isinstance(await Asked(disk, start, end).answer(), FsError)
         if start:
             before = (start - 512, start) if start != CLUSTER else (0, 512)
             assert await Asked(disk, *before).answer() == bed.content[slice(*before)]
@@ -129,7 +127,7 @@ async def test_the_end_of_the_disk_can_be_trimmed_and_more(bed: Bed) -> None:
     start = bed.disk.size - 100_000
     await bed.disk.trim(start, 1 << 40)
     await bed.disk.trim(bed.disk.size, 5)
-    assert not bed.guards or isinstance(await Asked(bed.disk, bed.disk.size - 1, bed.disk.size).answer(), FsError)
+    assert isinstance(await Asked(bed.disk, bed.disk.size - 1, bed.disk.size).answer(), FsError)
     if bed.figures and bed.disk.can_trim:
         assert bed.figures.trimmed == bed.disk.size // CLUSTER * CLUSTER - -(-start // CLUSTER) * CLUSTER
     [*_, last] = pieces(bed.disk, 0, start // 4096 * 4096)
@@ -137,8 +135,6 @@ async def test_the_end_of_the_disk_can_be_trimmed_and_more(bed: Bed) -> None:
 
 
 async def test_what_may_not_be_asked_for_is_an_error_and_harms_nobody(bed: Bed) -> None:
-    if not bed.guards:
-        pytest.skip("it relies on never being asked")
     size, hole = bed.disk.size, bed.disk.data.next_outside(0, bed.disk.size)
     for start, length in [(size - 1, 2), (size, 1), (1 << 62, 1), (hole, 1), (0, size + 1)]:
         assert isinstance(await Asked(bed.disk, start, start + length).answer(), FsError)
@@ -163,9 +159,9 @@ async def test_who_does_not_wait_any_more_leaves_the_others_alone(bed: Bed) -> N
     assert await read(bed.disk, 0, 65536) == bed.content[:65536]
 
 
+@pytest.mark.parametrize("bed", KILLABLE, indirect=True)
 async def test_what_is_behind_it_goes_and_every_read_and_probe_is_an_error(bed: Bed) -> None:
-    if bed.kill is None:
-        pytest.skip("nothing is behind it")
+    assert bed.kill
     bed.kill()
     asked = [Asked(bed.disk, number * 8192, number * 8192 + 512) for number in range(0, 32, 3)]
     answers = [await one.answer() for one in asked]

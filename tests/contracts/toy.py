@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: LGPL-2.1-or-later
 """What a new kind of source costs: `toy:FOLDER`, whose disks are the files of a folder as they are now."""
 
+import errno
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from qfsbackup.contracts import Answer, Disk, Mounting, Snapshot, SnapshotDisk, Source
-from qfsbackup.errors import UserError
+from qfsbackup.errors import FsError, UserError
 from qfsbackup.ranges import RangeSet
 
 
@@ -18,11 +19,15 @@ class ToyDisk:
     def __init__(self, content: bytes) -> None:
         self._content, self.size = content, len(content)
         self.data = self.dirty = RangeSet([(0, self.size)])
+        self._readable = self.data.copy()
 
     def read(self, start: int, length: int, answer: Answer) -> None:
-        answer(self._content[start : start + length])
+        whole = self._readable.covers(start, start + length)
+        answer(self._content[start : start + length] if whole else FsError(errno.EIO, "it is not there to be read"))
 
-    async def trim(self, start: int, length: int) -> None: ...
+    async def trim(self, start: int, length: int) -> None:
+        self._readable.remove(start, start + length)
+
     async def probe(self) -> None: ...
 
 

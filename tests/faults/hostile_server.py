@@ -13,8 +13,8 @@ from pathlib import Path
 
 import trio
 
+from qfsbackup.tasks import background
 from tests.harness.sockets import listening
-from tests.harness.tasks import background
 
 MAGIC, OPTION, REPLY = 0x4E42444D41474943, 0x49484156454F5054, 0x3E889045565A9
 ASK, GO, STRUCTURED, LIST_META, SET_META = 6, 7, 8, 9, 10  # options

@@ -16,6 +16,7 @@ from typing import Any
 import trio
 
 from qfsbackup.errors import UserError
+from qfsbackup.tasks import background
 from qfsbackup.vm.monitor import (
     COMMAND_TIMEOUT,
     HUNG_TIMEOUT,
@@ -26,8 +27,6 @@ from qfsbackup.vm.monitor import (
     QmpTimeoutError,
 )
 from qfsbackup.vm.monitors.qmp_socket import QmpSocket, connect
-
-from .tasks import background
 
 AGAIN = 0.02  # seconds until a socket that somebody has is tried again
 

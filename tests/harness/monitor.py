@@ -12,7 +12,7 @@ from typing import Any
 
 import trio
 
-from .tasks import background
+from qfsbackup.tasks import background
 
 
 class QmpError(Exception):

@@ -21,8 +21,9 @@ from typing import Any
 
 import trio
 
+from qfsbackup.tasks import background
+
 from .sockets import listening
-from .tasks import background
 
 _SIZE = 1024 * 1024
 _MAX_FDS = 16

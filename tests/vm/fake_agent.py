@@ -9,7 +9,7 @@ from pathlib import Path
 
 import trio
 
-from tests.harness.tasks import background
+from qfsbackup.tasks import background
 
 Answer = Callable[[str, dict[str, object]], Awaitable[bytes]]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import trio
 
+from qfsbackup.tasks import background
 from tests.harness.sockets import listening
-from tests.harness.tasks import background
 
 _SIZE = 1024 * 1024
 

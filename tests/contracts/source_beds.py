@@ -25,7 +25,7 @@ from qfsbackup.sources import find
 from tests.harness.chunk_set import cut
 from tests.harness.disk import MIB, Disk
 from tests.harness.files import make_random
-from tests.harness.libvirt import MISSING, libvirt
+from tests.harness.libvirt import libvirt
 from tests.harness.nbd_server import storage_daemon
 from tests.harness.qemu import Qemu, available, run_img, selected
 from tests.harness.vm import running_vm
@@ -96,9 +96,6 @@ async def by_qmp(qemu: Qemu, folder: Path) -> AsyncIterator[Bed]:
 @asynccontextmanager
 async def by_libvirt(folder: Path) -> AsyncIterator[Bed]:
     """A paused domain."""
-    pytest.importorskip("libvirt")
-    if MISSING:
-        pytest.skip(f"{MISSING} is not installed")
     qemu = available()[0]
     contents = await images(qemu, folder, "qcow2")
     disks = [Disk(name, folder / f"{name}.qcow2", SIZE, "qcow2") for name in contents]

@@ -18,7 +18,7 @@ from qfsbackup.vm.agent import ANSWER_TIMEOUT, Agent, AgentError, GuestAgent
 from qfsbackup.vm.agents.agent_socket import AgentSocket
 from qfsbackup.vm.agents.domain_agent import DomainAgent
 from tests.harness.disk import Disk
-from tests.harness.libvirt import MISSING, libvirt
+from tests.harness.libvirt import libvirt
 from tests.harness.qemu import available, selected
 from tests.harness.shell import Shell
 from tests.harness.vm import running_vm
@@ -45,8 +45,6 @@ async def by_socket(folder: Path) -> AsyncIterator[Bed]:
 @asynccontextmanager
 async def by_libvirt(folder: Path) -> AsyncIterator[Bed]:
     """A domain's."""
-    if MISSING:
-        pytest.skip(f"{MISSING} is not installed")
     disks = [Disk("vda", folder / "vda.raw")]
     async with libvirt(folder) as host, host.domain(available()[0], folder, disks, guest=True) as domain:
         yield Bed(DomainAgent(host.uri, domain.name), domain.shell, partial(os.kill, domain.pid))

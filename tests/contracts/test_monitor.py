@@ -18,7 +18,7 @@ from qfsbackup.vm.monitor import COMMAND_TIMEOUT, Monitor, QmpGoneError, QmpRefu
 from qfsbackup.vm.monitors import qmp_socket
 from qfsbackup.vm.owner import owned
 from tests.harness.bursts import bursts
-from tests.harness.libvirt import MISSING, libvirt
+from tests.harness.libvirt import libvirt
 from tests.harness.qemu import Qemu, available, selected
 from tests.harness.vm import running_vm
 
@@ -46,9 +46,6 @@ async def by_socket(connect: Connect, qemu: Qemu, folder: Path) -> AsyncIterator
 @asynccontextmanager
 async def by_libvirt(folder: Path) -> AsyncIterator[Bed]:
     """libvirt's passthrough."""
-    pytest.importorskip("libvirt")
-    if MISSING:
-        pytest.skip(f"{MISSING} is not installed")
     from qfsbackup.vm.monitors.libvirt import connect  # where libvirt is installed only
 
     async with libvirt(folder) as host, host.domain(available()[0], folder, []) as domain:

@@ -13,14 +13,12 @@ happens. The tests' own eyes are virsh's. Disks are called by their target: `Dis
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import struct
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +33,7 @@ from .vm import KERNEL_ARGUMENTS, booted
 
 KNOWN = CACHE / "libvirt"  # what libvirtd found out about each QEMU, which takes it more than a second
 START_TIMEOUT = 20.0  # seconds
-NO_MODULE = "" if find_spec("libvirt") else "python3-libvirt"
 DRIVER = next(Path("/usr").glob("lib*/**/libvirt_driver_qemu.so"), Path())  # the others would look at the machine
-MISSING = " and ".join(name for name in ("libvirtd", "virsh") if not shutil.which(name)) or NO_MODULE
 # Process 1 reaps by ignoring its children's ends: libvirt waits 15 s for one that nobody reaps. The user is one that
 # libvirt must know, though it runs nothing as him here.
 INSIDE = """

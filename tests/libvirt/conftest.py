@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness.disk import MIB, Disk
-from tests.harness.libvirt import MISSING, Domain, Libvirt, libvirt
+from tests.harness.libvirt import Domain, Libvirt, libvirt
 from tests.harness.qemu import Qemu, available
 
 NAMES = ("vda", "sda", "vdb")
@@ -31,8 +31,6 @@ def distribution() -> Qemu:
 @pytest.fixture
 async def host(tmp_path: Path) -> AsyncIterator[Libvirt]:
     """libvirtd."""
-    if MISSING:
-        pytest.skip(f"{MISSING} is not installed")
     async with libvirt(tmp_path) as host:
         yield host
 

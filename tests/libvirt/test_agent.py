@@ -5,15 +5,12 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
-import pytest
 import trio
 
-from tests.harness.libvirt import Domain
-from tests.harness.mount import aside, mounted, qfsbackup
-
-pytest.importorskip("libvirt")
 from qfsbackup.vm.agent import Agent, AgentError
 from qfsbackup.vm.agents.domain_agent import DomainAgent
+from tests.harness.libvirt import Domain
+from tests.harness.mount import aside, mounted, qfsbackup
 
 
 async def test_a_mount_freezes_through_libvirt(booted: Domain, tmp_path: Path) -> None:

@@ -12,12 +12,10 @@ import trio
 from qfsbackup.errors import UserError
 from qfsbackup.vm.look.graph import look
 from qfsbackup.vm.monitor import QmpGoneError, QmpRefusedError, QmpTimeoutError
+from qfsbackup.vm.monitors.libvirt import connect
 from tests.harness.disk import MIB
 from tests.harness.libvirt import Domain, Libvirt
 from tests.libvirt.conftest import distribution
-
-pytest.importorskip("libvirt")
-from qfsbackup.vm.monitors.libvirt import connect
 
 
 def ignore(_reason: str) -> None:

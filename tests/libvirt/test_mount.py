@@ -6,7 +6,6 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import trio
 
 from tests.harness.disk import MIB
@@ -16,7 +15,6 @@ from tests.harness.mount import DONE, aside, command, ending, is_mounted, mounte
 from tests.harness.qemu import run_img
 from tests.libvirt.conftest import NAMES, distribution
 
-pytest.importorskip("libvirt")
 PULL = """<domainbackup mode='pull'><server transport='unix' socket='{folder}/pull.sock'/><disks>
 <disk name='vda' type='file'><scratch file='{folder}/scratch'/></disk>
 <disk name='sda' backup='no'/><disk name='vdb' backup='no'/></disks></domainbackup>"""

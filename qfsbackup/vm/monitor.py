@@ -20,8 +20,9 @@ Deadlines. Nothing here takes longer than its `timeout`, whatever hangs: QEMU, a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, Protocol
 
 COMMAND_TIMEOUT = 20.0  # seconds; a drain of busy disks on slow storage takes several
@@ -66,33 +67,21 @@ class Events(Protocol):
         ...
 
 
-class Monitor(Protocol):
+class Monitor(ABC):
     """A session with one QEMU."""
 
-    @property
-    def peer_pid(self) -> int:
-        """QEMU's process id, 0 where it is not known here."""
-        ...
-
-    @property
-    def gone(self) -> str | None:
-        """Why nothing can be asked any more; None as long as something can."""
-        ...
-
-    @property
-    def hung(self) -> bool:
-        """Has the last command got no answer: see above."""
-        ...
-
-    @property
-    def is_left(self) -> bool:
-        """Was `leave` called."""
-        ...
+    def __init__(self, peer_pid: int = 0) -> None:
+        self.peer_pid = peer_pid  # QEMU's process id, 0 where it is not known here
+        self.gone: str | None = None  # why nothing can be asked any more; None as long as something can
+        self.hung = False  # has the last command got no answer: see above
+        self.is_left = False  # was `leave` called
 
     def leave(self, reason: str) -> None:
         """Send nothing any more: from now on every command fails as if QEMU were gone."""
-        ...
+        self.gone = reason
+        self.is_left = True
 
+    @abstractmethod
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = COMMAND_TIMEOUT
     ) -> Any:
@@ -100,8 +89,8 @@ class Monitor(Protocol):
 
         Raises QmpRefusedError; QmpGoneError and QmpTimeoutError where it is not known what became of the command.
         """
-        ...
 
+    @abstractmethod
     async def execute_with_fd(
         self, command: str, arguments: Mapping[str, object], fd: int, *, timeout: float = COMMAND_TIMEOUT
     ) -> Any:
@@ -109,26 +98,25 @@ class Monitor(Protocol):
 
         QEMU keeps the copy until another command takes it, but no longer than the connection.
         """
-        ...
 
     def one_connection(self) -> AbstractAsyncContextManager[None]:
         """While open, all commands travel over one connection: a descriptor is sent in here with the one that takes it.
 
         Raises QmpGoneError. Not to be held longer than that: others may wait for their turn at the socket.
         """
-        ...
+        return nullcontext()  # of one that has but one
 
+    @abstractmethod
     def listen(self, event: str) -> AbstractAsyncContextManager[Events]:
         """While open, collect the events of this name; what happened earlier is none of them. Raises QmpError.
 
         It keeps a connection, as `one_connection` does.
         """
-        ...
 
     async def disk_names(self) -> Mapping[str, str]:
         """Device's id -> what whoever manages the VM calls the disk; empty where nobody does. Raises QmpError."""
-        ...
+        return {}
 
     async def config(self) -> Mapping[str, bytes]:
         """What whoever manages the VM has written down of it: file name -> content, no secrets. Raises QmpError."""
-        ...
+        return {}

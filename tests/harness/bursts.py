@@ -21,6 +21,7 @@ from qfsbackup.vm.monitor import (
     COMMAND_TIMEOUT,
     HUNG_TIMEOUT,
     Events,
+    Monitor,
     QmpError,
     QmpGoneError,
     QmpRefusedError,
@@ -31,31 +32,16 @@ from qfsbackup.vm.monitors.qmp_socket import QmpSocket, connect
 AGAIN = 0.02  # seconds until a socket that somebody has is tried again
 
 
-class Bursts:
+class Bursts(Monitor):
     """See Monitor; made by `bursts`."""
 
     def __init__(self, path: Path, peer_pid: int, nursery: trio.Nursery) -> None:
-        self.peer_pid = peer_pid
-        self.gone: str | None = None
-        self.hung = False
-        self.is_left = False
+        super().__init__(peer_pid)
         self._path, self._nursery = path, nursery
         self._session: QmpSocket
         self._users = 0
         self._sent: list[tuple[str, Mapping[str, object]]] = []  # what undoes it
         self._turn = trio.Lock()  # for who opens or closes the connection
-
-    def leave(self, reason: str) -> None:
-        """See Monitor."""
-        self.gone, self.is_left = reason, True
-
-    async def disk_names(self) -> Mapping[str, str]:
-        """See Monitor."""
-        return {}
-
-    async def config(self) -> Mapping[str, bytes]:
-        """See Monitor."""
-        return {}
 
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = COMMAND_TIMEOUT

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,7 +21,15 @@ import trio
 from qfsbackup.errors import UserError
 from qfsbackup.patience import NoAnswerError, in_time
 from qfsbackup.tasks import background
-from qfsbackup.vm.monitor import COMMAND_TIMEOUT, HUNG_TIMEOUT, QmpError, QmpGoneError, QmpRefusedError, QmpTimeoutError
+from qfsbackup.vm.monitor import (
+    COMMAND_TIMEOUT,
+    HUNG_TIMEOUT,
+    Monitor,
+    QmpError,
+    QmpGoneError,
+    QmpRefusedError,
+    QmpTimeoutError,
+)
 from qfsbackup.vm.monitors.libvirt_domain import Domain, Ears, LibvirtError, OffError, open_domain
 from qfsbackup.vm.monitors.libvirt_xml import targets
 from qfsbackup.vm.monitors.qemu_process import process_of
@@ -51,14 +59,11 @@ class Events:
         return self._next.statistics().current_buffer_used > 0
 
 
-class LibvirtMonitor:
+class LibvirtMonitor(Monitor):
     """The monitor of a running domain, made by `connect`."""
 
     def __init__(self, uri: str, name: str, on_gone: Callable[[str], None]) -> None:
-        self.peer_pid = 0
-        self.gone: str | None = None
-        self.hung = False
-        self.is_left = False
+        super().__init__()
         self._uri, self._name, self._on_gone = uri, name, on_gone
         self._token = trio.lowlevel.current_trio_token()
         self._domain: Domain | None = None
@@ -67,11 +72,6 @@ class LibvirtMonitor:
         self._changed = trio.Event()  # the connection came or went
         self._one = trio.CapacityLimiter(1)  # a thread keeps it for as long as libvirt has its command
         self._listening: list[tuple[str, Events]] = []
-
-    def leave(self, reason: str) -> None:
-        """Send nothing any more: from now on every command fails as if QEMU were gone."""
-        self.gone = reason
-        self.is_left = True
 
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = COMMAND_TIMEOUT
@@ -104,10 +104,6 @@ class LibvirtMonitor:
             return await self._ask("XML", ask, again=True)
         except NoAnswerError as error:
             raise QmpGoneError("XML", f"libvirt: {error}") from error
-
-    def one_connection(self) -> AbstractAsyncContextManager[None]:
-        """libvirtd keeps it for as long as it lives; a descriptor that goes with it is refused to who would take it."""
-        return nullcontext()
 
     @asynccontextmanager
     async def listen(self, event: str) -> AsyncIterator[Events]:

@@ -14,7 +14,7 @@ import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from qemu.qmp import ConnectError, EventListener, ExecInterruptedError, ExecuteE
 
 from qfsbackup.errors import UserError
 from qfsbackup.patience import NoAnswerError, in_time
-from qfsbackup.vm.monitor import COMMAND_TIMEOUT, HUNG_TIMEOUT, QmpGoneError, QmpRefusedError, QmpTimeoutError
+from qfsbackup.vm.monitor import COMMAND_TIMEOUT, HUNG_TIMEOUT, Monitor, QmpGoneError, QmpRefusedError, QmpTimeoutError
 from qfsbackup.vm.monitors.holder import SECOND_SOCKET, held
 from qfsbackup.vm.monitors.socket_path import open_socket
 
@@ -53,32 +53,20 @@ class Events:
         return not self._listener.empty()
 
 
-class QmpSocket:
-    """An open connection, made by `connect`. `gone`: why it was lost, None while it lives; `hung`: the last command got
-    no answer."""
+class QmpSocket(Monitor):
+    """An open connection, made by `connect`."""
 
     def __init__(self, client: QMPClient, loop: asyncio.AbstractEventLoop, peer_pid: int) -> None:
         """`peer_pid` is QEMU's process id, 0 where it lives in another PID namespace."""
-        self.peer_pid = peer_pid
-        self.gone: str | None = None
+        super().__init__(peer_pid)
         self._client = client
         self._loop = loop
         self._sending = trio.Lock()
-        self.hung = False
-        self.is_left = False
-
-    def leave(self, reason: str) -> None:
-        """Send nothing any more: from now on every command fails as if QEMU were gone."""
-        self.gone = reason
-        self.is_left = True
 
     async def execute(
         self, command: str, arguments: Mapping[str, object] | None = None, *, timeout: float = COMMAND_TIMEOUT
     ) -> Any:
-        """Run a command and return what QEMU returns, within `timeout` seconds.
-
-        Raises QmpRefusedError; QmpGoneError and QmpTimeoutError where it is not known what became of the command.
-        """
+        """See Monitor."""
         if self.is_left:
             raise QmpGoneError(command, str(self.gone))
         log.debug("QMP: %s %s", command, json.dumps(arguments or {}))
@@ -100,7 +88,7 @@ class QmpSocket:
     async def execute_with_fd(
         self, command: str, arguments: Mapping[str, object], fd: int, *, timeout: float = COMMAND_TIMEOUT
     ) -> Any:
-        """Run `add-fd` or `getfd` for a copy of our descriptor `fd`. Raises as `execute` does."""
+        """See Monitor."""
         async with self._sending:  # QEMU keeps the last descriptor that came, until one of the two commands takes it
             try:
                 self._client.send_fd_scm(fd)
@@ -108,21 +96,9 @@ class QmpSocket:
                 raise QmpGoneError(command, self.gone or str(error)) from error
             return await self.execute(command, arguments, timeout=timeout)
 
-    async def disk_names(self) -> Mapping[str, str]:
-        """None: nobody manages this VM."""
-        return {}
-
-    async def config(self) -> Mapping[str, bytes]:
-        """None: see disk_names."""
-        return {}
-
-    def one_connection(self) -> AbstractAsyncContextManager[None]:
-        """The session is one."""
-        return nullcontext()
-
     @asynccontextmanager
     async def listen(self, event: str) -> AsyncIterator[Events]:
-        """While open, collect the events of this name."""
+        """See Monitor."""
         with self._client.listener(event) as listener:
             yield Events(listener, self._call)
 

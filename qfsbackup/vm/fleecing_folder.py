@@ -16,7 +16,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -78,11 +78,13 @@ def _touch(files: Sequence[str]) -> None:
 
 def files_of(pid: int) -> list[str]:
     """The fleecing files that a process has open; none where it cannot be seen."""
-    try:
-        found = list(Path(f"/proc/{pid}/fd").iterdir()) if pid else []
-        return [str(path) for path in found if OURS.search(str(path.readlink()))]
-    except OSError:
-        return []
+    found = []
+    with suppress(OSError):
+        for path in list(Path(f"/proc/{pid}/fd").iterdir()) if pid else ():
+            with suppress(FileNotFoundError):  # it was closed meanwhile
+                if OURS.search(str(path.readlink())):
+                    found.append(str(path))
+    return found
 
 
 def create(folder: Path, size: int) -> io.FileIO:

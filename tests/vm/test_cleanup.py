@@ -13,6 +13,7 @@ import trio
 
 from qfsbackup.errors import UserError
 from qfsbackup.vm.cleanup import undo_leftovers
+from qfsbackup.vm.fleecing_folder import files_of
 from qfsbackup.vm.monitors.qmp_socket import connect
 from qfsbackup.vm.ours import PREFIX
 from qfsbackup.vm.quirks import keeps_fdsets
@@ -142,8 +143,7 @@ async def test_a_filter_that_somebody_else_now_needs_is_reported(paused_vm: Vm, 
 
 def held_space(vm: Vm) -> list[int]:
     """The blocks of each nameless file that QEMU has open."""
-    entries = [entry for entry in Path(f"/proc/{vm.pid}/fd").iterdir() if "/#" in str(entry.readlink())]
-    return [entry.stat().st_blocks for entry in entries]
+    return [Path(path).stat().st_blocks for path in files_of(vm.pid)]
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["unmounted", "killed"])

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import DEVNULL, CalledProcessError
@@ -16,6 +17,7 @@ import trio
 from qfsbackup.errors import UserError
 from qfsbackup.mount.checking import look_at_files
 from qfsbackup.ranges import RangeSet
+from qfsbackup.vm.fleecing_folder import create, files_of
 from qfsbackup.vm.freeze import Freeze
 from qfsbackup.vm.look.graph import look
 from qfsbackup.vm.monitors.qmp_socket import connect
@@ -166,3 +168,19 @@ async def test_a_file_system_without_unnamed_files(qemu: Qemu, tmp_path: Path) -
                 await look_at_files(source.status)
                 assert source.status.fleecing_used == MIB
                 assert await copied(snapshot.disks[0], tmp_path / "copy") == bytes(MIB)
+
+
+def test_they_are_found_also_while_their_process_closes_other_files(tmp_path: Path) -> None:
+    """Or a clean-up would not see whether their file system answers, and QEMU might hang over it."""
+    busy = "import os\nprint(flush=True)\nwhile True:\n for fd in [os.dup(0) for _ in range(200)]: os.close(fd)"
+    command = [sys.executable, "-c", busy]
+    with (
+        create(tmp_path, 4096) as file,
+        subprocess.Popen(command, pass_fds=[file.fileno()], stdout=subprocess.PIPE, stderr=DEVNULL) as process,
+    ):
+        assert process.stdout
+        process.stdout.readline()
+        try:
+            assert {len(files_of(process.pid)) for _ in range(200)} == {1}
+        finally:
+            process.kill()

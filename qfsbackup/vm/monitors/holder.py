@@ -92,5 +92,12 @@ def _processes(inodes: set[int]) -> Iterator[int]:
         return
     for folder in Path("/proc").glob("[0-9]*/fd"):
         with suppress(OSError):
-            if any(os.readlink(entry) in wanted for entry in folder.iterdir()):  # noqa: PTH115  # no paths
+            if not wanted.isdisjoint(map(_link, folder.iterdir())):
                 yield int(folder.parent.name)
+
+
+def _link(entry: Path) -> str:
+    """What a descriptor leads to; empty where it was closed meanwhile."""
+    with suppress(FileNotFoundError):
+        return os.readlink(entry)  # noqa: PTH115  # it is no path
+    return ""
